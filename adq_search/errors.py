@@ -68,4 +68,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     options = sorted(known)
     nearest = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     hint = f"Did you mean '{nearest[0]}'? " if nearest else ""
-    return f"{hint}Known: {', '.join(options)}."
+    return f"{hint}Known: {', '.join(options) or 'none'}."

@@ -1,0 +1,122 @@
+"""`adq-search cost`: what a policy costs, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torchvision import models
+
+from adq_search.convert import check_policy_fits
+from adq_search.errors import PolicyError, TaskError, did_you_mean
+from adq_search.hardware import CostReport, load_hardware
+from adq_search.hardware import cost as cost_of
+from adq_search.policy import FLOAT, LayerPrecision, Policy, load_policy, parse_uniform
+from adq_search.tasks import import_object, load_task, task_names
+from adq_search.tracing import trace
+
+
+def cost(
+    model: Annotated[
+        str, typer.Option(help="torchvision:NAME, a task's name, or package.module:factory.")
+    ],
+    input_: Annotated[
+        str | None, typer.Option("--input", help="Shape of one input, like 3x224x224.")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option(help="Policy file.")] = None,
+    uniform: Annotated[
+        str | None, typer.Option(help="W4A4 (first and last layer stay at 8 bit) or float.")
+    ] = None,
+    scheme: Annotated[str, typer.Option(help="Scheme of --uniform.")] = "lsq",
+    hardware: Annotated[str, typer.Option(help="Hardware model.")] = "post_asic_45nm",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print MACs, memory, BOPs and energy of a network under a policy."""
+    table = load_hardware(hardware)
+    network, example = _network(model, input_)
+    summary = trace(network, example)
+    chosen = _policy(policy, uniform, scheme, summary.names)
+    check_policy_fits(chosen, summary.names)
+    result = cost_of(summary, chosen, table)
+    if json_:
+        typer.echo(json.dumps(result.to_json(), indent=2))
+        return
+    _show(result, chosen)
+
+
+def _policy(file: Path | None, uniform: str | None, scheme: str, names: tuple[str, ...]) -> Policy:
+    if (file is None) == (uniform is None):
+        msg = "A cost needs one policy: give either --policy FILE or --uniform W4A4."
+        raise PolicyError(msg)
+    if file is not None:
+        return load_policy(file)
+    if uniform == "float":
+        return Policy.uniform(names, FLOAT)
+    weight_bits, input_bits = parse_uniform(uniform or "")
+    ends = LayerPrecision(8, 8, "lsq")
+    return Policy.uniform(names, LayerPrecision(weight_bits, input_bits, scheme), ends=ends)
+
+
+def _network(reference: str, shape: str | None) -> tuple[nn.Module, torch.Tensor]:
+    """Make the network, and one input for it."""
+    if reference in task_names():
+        task = load_task(reference)
+        return task.make_network(), task.example() if shape is None else _example(shape)
+    if shape is None:
+        msg = f"The input shape of '{reference}' is not known. Give --input, like 3x224x224."
+        raise TaskError(msg)
+    example = _example(shape)
+    library, _, name = reference.partition(":")
+    if library == "torchvision":
+        if name not in models.list_models():
+            msg = f"torchvision has no model '{name}'. {did_you_mean(name, models.list_models())}"
+            raise TaskError(msg)
+        return models.get_model(name, weights=None), example
+    if not name:
+        msg = f"There is no model '{reference}'. {did_you_mean(reference, task_names())}"
+        raise TaskError(f"{msg} Others are given as torchvision:NAME or package.module:factory.")
+    network = import_object(reference, TaskError, what="model")()
+    if not isinstance(network, nn.Module):
+        msg = f"'{reference}' must return a torch.nn.Module, but returned {type(network).__name__}."
+        raise TaskError(msg)
+    return network, example
+
+
+def _example(shape: str) -> torch.Tensor:
+    if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) is None:
+        msg = f"An input shape is written like 3x224x224, but this is '{shape}'."
+        raise TaskError(msg)
+    return torch.zeros(1, *(int(size) for size in shape.split("x")))
+
+
+def _show(result: CostReport, policy: Policy) -> None:
+    content = result.to_json()
+    columns = ("macs", "weight_bytes", "bops", "energy_pj")
+    table = Table(title=f"cost on {content['hardware']}")
+    table.add_column("layer")
+    table.add_column("precision")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for layer in content["layers"]:
+        figures = (f"{layer[column]:,.0f}" for column in columns)
+        table.add_row(layer["name"], str(policy[layer["name"]]), *figures)
+    table.add_section()
+    total = content["total"]
+    table.add_row("total", "", *(f"{total[column]:,.0f}" for column in columns))
+    console = Console()
+    console.print(table)
+    for name, value in total.items():
+        if name not in columns:
+            console.print(f"{name}: {value:,.6g}", highlight=False)
+    for name in content["coverage"]["unknown"]:
+        console.print(f"warning: not counted: {name}", style="yellow", highlight=False)
+    if content["extrapolated"]:
+        names = ", ".join(content["extrapolated"])
+        console.print(f"note: outside the measured range of the table: {names}", highlight=False)

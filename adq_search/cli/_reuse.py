@@ -1,0 +1,218 @@
+"""`adq-search allocate` and `adq-search train`: policies without a search, and policies found."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from adq_search.cli._progress import ShownProgress
+from adq_search.cli._spaces import find_job, named_spaces
+from adq_search.convert import check_policy_fits
+from adq_search.distill import Teacher
+from adq_search.errors import SpaceError
+from adq_search.files import write_atomic, write_json
+from adq_search.hardware import cost, load_hardware, total_of
+from adq_search.job import Job
+from adq_search.plan import plan
+from adq_search.policy import load_policy, save_policy
+from adq_search.prior import allocate as allocate_bits
+from adq_search.provenance import provenance
+from adq_search.session import measure_sensitivity
+from adq_search.tasks import Task, load_task
+from adq_search.teacher import make_teacher
+from adq_search.tracing import trace
+from adq_search.training import EpochProgress, evaluate
+from adq_search.trial import run_trial, weights_of
+
+_TaskOption = Annotated[str, typer.Option(help="A task's name, or package.module:factory.")]
+_TeacherOption = Annotated[
+    Path | None, typer.Option(help="Weights of the full-precision network [train it].")
+]
+_SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+
+
+def allocate(
+    task: _TaskOption,
+    average_bits: Annotated[float, typer.Option(help="Average weight bits of the mixed layers.")],
+    out: Annotated[Path, typer.Option(help="Policy file to write.")],
+    scheme: Annotated[str, typer.Option(help="Scheme of the mixed layers.")] = "adq",
+    bits: Annotated[str, typer.Option(help="Weight bits to choose from.")] = "2,3,4",
+    input_bits: Annotated[int, typer.Option(help="Input bits of the mixed layers.")] = 4,
+    momentum: Annotated[
+        float, typer.Option(help="EMA momentum, where there is a codebook.")
+    ] = 0.99,
+    estimator: Annotated[str, typer.Option(help="Sensitivity estimator.")] = "fisher",
+    teacher: _TeacherOption = None,
+    seed: _SeedOption = 0,
+) -> None:
+    """Give each layer its bits by sensitivity, under an average: the ADQ paper's own flow.
+
+    First and last layer stay at 8 bits and out of the average.
+    """
+    console = Console()
+    torch.set_num_threads(1)
+    rule = {"weight_bits": _bits(bits), "input_bits": [input_bits], "schemes": [scheme]}
+    job = Job.model_validate(
+        {
+            "task": task,
+            "space": {"default": {**rule, "ema_momenta": [momentum]}},
+            "search": {"prior": estimator, "seed": seed},
+        }
+    )
+    planned = plan(job)
+    with ShownProgress(console) as progress:
+        network = _teacher(_with_teacher(planned.task, teacher), seed, progress)
+        table = measure_sensitivity(planned, Teacher(network, planned.task), progress)
+    policy = allocate_bits(
+        planned.space,
+        planned.summary,
+        table,
+        {"average_bits_inner": average_bits},
+        planned.hardware,
+    ).policy
+    totals = planned.totals(policy)
+    save_policy(
+        policy,
+        out,
+        network={"task": task, "fingerprint": planned.summary.fingerprint},
+        metrics={"predicted_loss_increase": table.predict(policy), "cost": totals},
+        provenance=provenance(seed=seed),
+    )
+    shown = Table("layer", "precision", "weights", "predicted loss increase")
+    for name, precision in policy:
+        score = table.score(name, precision)
+        shown.add_row(name, str(precision), f"{planned.summary[name].n_weights:,}", f"{score:.3g}")
+    console.print(shown)
+    console.print(
+        f"average weight bits: {totals['average_bits_inner']:.4f} of the mixed layers (asked for "
+        f"{average_bits:g}), {totals['average_bits_weighted']:.4f} of all weights, "
+        f"{totals['average_bits_layers']:.4f} over layers\npolicy: {out}",
+        highlight=False,
+    )
+
+
+def train(
+    policy: Annotated[Path, typer.Option(help="Policy file.")],
+    task: _TaskOption,
+    out: Annotated[Path, typer.Option(help="Folder of weights and result.")],
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs.")] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Take the training recipe from this search space.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Start of the cosine decay.")] = None,
+    distillation: Annotated[
+        bool, typer.Option(help="Learn from the full-precision network.")
+    ] = True,
+    teacher: _TeacherOption = None,
+    seed: _SeedOption = 0,
+) -> None:
+    """Train the task's network under a policy, and measure it on the test part."""
+    start = time.perf_counter()
+    console = Console()
+    torch.set_num_threads(1)
+    chosen = load_policy(policy)
+    if (out / "result.json").exists():
+        msg = f"{out} holds a result already. Choose another --out; nothing measured is replaced."
+        raise SpaceError(msg)
+    job = _recipe(task, space)
+    changes = {"epochs": epochs, "learning_rate": learning_rate}
+    job = job.with_training(
+        **{key: value for key, value in changes.items() if value is not None},
+        distillation={**job.training.distillation.model_dump(), "enabled": distillation},
+    )
+    found = _with_teacher(load_task(task, job.task_options), teacher)
+    summary = trace(found.make_network(), found.example())
+    check_policy_fits(chosen, summary.names)
+    report = cost(summary, chosen, load_hardware(job.search.hardware))
+    with ShownProgress(console) as progress:
+        network = _teacher(found, seed, progress)
+        expert = Teacher(network, found)
+        result, trained = run_trial(
+            chosen,
+            found,
+            expert,
+            job.training,
+            total_of(report),
+            monitor=EpochProgress(progress, "training", job.training.epochs),
+            seed=seed,
+        )
+    test = evaluate(trained, found.test, expert)
+    state = weights_of(trained)
+    write_atomic(out / "weights.safetensors", lambda path: save_file(state, path))
+    measured = {
+        "state": result.state,
+        "reason": result.reason,
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "kl": result.kl,
+        "test_accuracy": test.accuracy,
+        "full_precision_accuracy": evaluate(network, found.validation).accuracy,
+        "full_precision_test_accuracy": evaluate(network, found.test).accuracy,
+        "epochs": result.epochs,
+        "cost": result.cost,
+    }
+    made = provenance(seed=seed)
+    network_is = {"task": task, "fingerprint": summary.fingerprint}
+    save_policy(chosen, out / "policy.json", network=network_is, metrics=measured, provenance=made)
+    write_json(
+        out / "result.json",
+        {
+            "schema": "adq_search.training/1",
+            "policy_hash": chosen.hash,
+            **measured,
+            "health": result.health,
+            "training": job.training.model_dump(mode="json"),
+            "wall_s": time.perf_counter() - start,
+            "provenance": made,
+        },
+    )
+    console.print(
+        f"{result.state}: validation accuracy {_percent(result.accuracy)}, test accuracy "
+        f"{_percent(test.accuracy)} (full precision {_percent(measured['full_precision_test_accuracy'])})"
+        f", {result.epochs} epochs\nweights: {out / 'weights.safetensors'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _recipe(task: str, space: str | None) -> Job:
+    """Return the job whose training recipe fits: a named space's, or the task's own space's."""
+    if space is not None:
+        job, _ = find_job(space)
+        return job
+    if task in named_spaces():
+        job, _ = find_job(task)
+        return job
+    return Job(task=task)
+
+
+def _teacher(task: Task, seed: int, progress: ShownProgress) -> nn.Module:
+    monitor = EpochProgress(progress, "teacher", task.teacher.epochs)
+    return make_teacher(task, seed=seed, monitor=monitor)
+
+
+def _with_teacher(task: Task, weights: Path | None) -> Task:
+    if weights is None:
+        return task
+    return replace(task, teacher=replace(task.teacher, weights_file=weights))
+
+
+def _bits(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        msg = f"Bits are written like 2,3,4, but this is '{text}'."
+        raise SpaceError(msg) from error
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{100.0 * share:.2f} %"

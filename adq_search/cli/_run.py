@@ -1,0 +1,122 @@
+"""`adq-search run` and `adq-search report`."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from adq_search.cli._progress import ShownProgress
+from adq_search.cli._spaces import find_job
+from adq_search.errors import AdqSearchError, SpaceError, did_you_mean
+from adq_search.hosting import Host, HostOptions
+from adq_search.job import Job
+from adq_search.plan import plan
+from adq_search.report import front_table, read_front, rebuild
+from adq_search.results import write_outcome
+from adq_search.session import prepare
+
+HOSTS = "adq_search.hosts"
+
+
+def run(
+    space: Annotated[str, typer.Argument(help="A search space's name, or a YAML file.")] = "digits",
+    out: Annotated[Path | None, typer.Option(help="Folder of results [results/STUDY].")] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study [the space's name].")] = None,
+    trials: Annotated[int | None, typer.Option(help="Policies to train.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each trial.")] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(help="Objective, repeatable: accuracy, energy_pj, ...")
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Limit on a cost, repeatable: weight_bytes=20KiB.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    host: Annotated[str, typer.Option(help="What runs the search: optuna or ray.")] = "optuna",
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL [a journal file in the folder].")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train at once.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a study.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a worker.")] = None,
+) -> None:
+    """Search for the Pareto front of quantization policies."""
+    start = time.perf_counter()
+    console = Console()
+    job, name = find_job(space)
+    job = _changed(job, trials, epochs, objective, budget, seed)
+    torch.set_num_threads(threads or 1)
+    options = HostOptions(study=study or name, storage=storage, workers=workers, resume=resume)
+    folder = out or Path("results") / options.study
+    runner = find_host(host)
+    planned = plan(job)
+    runner.check(planned, folder, options)
+    lowest, highest = planned.cost_range(job.search.cost_axis)
+    console.print(
+        f"{planned.task.name}: {len(planned.summary.layers)} layers, "
+        f"{planned.summary.macs / 1e6:.2f} M MACs, {planned.summary.n_weights} weights; "
+        f"{planned.space.n_policies:.3g} policies, {job.search.cost_axis} from {lowest:.4g} to "
+        f"{highest:.4g}",
+        highlight=False,
+    )
+    with ShownProgress(console) as progress:
+        session = prepare(planned, folder, progress)
+        outcome = runner.run(session, options, progress)
+        progress.update("report", 0, 1)
+        report = write_outcome(session, outcome, options, started=start)
+        progress.update("report", 1, 1)
+    console.print(front_table(report))
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a run's results.")]) -> None:
+    """Rebuild report.html, front.svg and trials.csv from a run's folder."""
+    console = Console()
+    page = rebuild(folder)
+    console.print(front_table(read_front(folder)))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def find_host(name: str) -> Host:
+    """Return the host registered under a name.
+
+    Raises:
+        AdqSearchError: No such host, or its package is not installed.
+    """
+    found = {entry.name: entry for entry in entry_points(group=HOSTS)}
+    if name not in found:
+        msg = f"There is no host '{name}'. {did_you_mean(name, found)}"
+        raise AdqSearchError(msg)
+    host: Host = found[name].load()()
+    return host
+
+
+def _changed(
+    job: Job,
+    trials: int | None,
+    epochs: int | None,
+    objectives: list[str] | None,
+    budgets: list[str] | None,
+    seed: int | None,
+) -> Job:
+    """Return the job with what the command line says instead of what the file says."""
+    search: dict[str, Any] = {"trials": trials, "seed": seed, "objectives": objectives}
+    if budgets:
+        search["budgets"] = {**job.search.budgets, **dict(_pair(text) for text in budgets)}
+    search = {key: value for key, value in search.items() if value is not None}
+    if search:
+        job = job.with_search(**search)
+    return job if epochs is None else job.with_training(epochs=epochs)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, amount = text.partition("=")
+    if not equals or not name or not amount:
+        msg = f"A budget is written name=amount, like weight_bytes=20KiB, but this is '{text}'."
+        raise SpaceError(msg)
+    return name, amount

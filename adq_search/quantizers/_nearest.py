@@ -1,0 +1,51 @@
+"""Searching sorted levels and looking them up, in the memory layout the tensor has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def nearest_index(values: Tensor, levels: Tensor) -> Tensor:
+    """Return the index of the nearest level; a tie takes the lower one; NaN has index `levels`.
+
+    Args:
+        values: Any shape.
+        levels: Sorted, in the dtype of `values`, # shape: (levels,)
+
+    Returns:
+        int64 indices, same shape.
+    """
+    return count_below(values, (levels[1:] + levels[:-1]) / 2)
+
+
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """Return `table[indices]`, NaN for the index past the end, in the indices' memory layout.
+
+    Args:
+        table: # shape: (levels,)
+        indices: Any shape, 0 to levels, dense in memory.
+
+    Returns:
+        Same shape as `indices`.
+    """
+    packed, back = dense(indices)
+    padded = torch.cat([table, table.new_full((1,), torch.nan)])
+    return padded.index_select(0, packed.reshape(-1)).view(packed.shape).permute(back)
+
+
+def count_below(values: Tensor, thresholds: Tensor) -> Tensor:
+    """Count thresholds below each value; NaN counts one more than there are, so it stays known."""
+    packed, back = dense(values)
+    thresholds = torch.cat([thresholds, thresholds.new_full((1,), torch.inf)])
+    return torch.bucketize(packed, thresholds.to(packed.dtype)).permute(back)
+
+
+def dense(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """Permute to contiguous memory (channels-last stays uncopied); also the way back."""
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tensor.permute(order).contiguous(), inverse(order)
+
+
+def inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)

@@ -1,0 +1,124 @@
+r"""ADQ: weights on an adaptive codebook, found by quantiles and moved by an average.
+
+Notation:
+    c_j     codebook: k negative levels, 0, k positive ones, with k = 2^(b-1) - 1
+    i(w)    index of the level nearest to w (thresholds at midpoints)
+    m       EMA momentum: c_j <- m c_j + (1 - m) mean{w : i(w) = j}
+
+References:
+    [Jia2025] ADQ, arXiv 2510.19760. Its summary and one review are public, its formulas are not:
+    quantiles of positive and of negative weights, a zero level, one codebook a layer, EMA.
+
+Choices of this package where the paper is not known: quantile positions i / (k + 1/2), which give
+all levels the same share of the weights (option `quantile_rule="plain"`: i / (k + 1)); zero is
+pinned; the codebook moves after each forward pass in training mode; levels without weights stay;
+the gradient passes to the weights unchanged, none goes to the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adq_search.policy import OptionValue
+from adq_search.quantizers._base import WEIGHT_QUANTIZERS, WeightQuantizer, check_bits
+from adq_search.quantizers._calibration import computing_dtype, quantile
+from adq_search.quantizers._nearest import look_up, nearest_index
+from adq_search.quantizers._through import straight_through
+
+
+@WEIGHT_QUANTIZERS.register("adq")
+class AdqWeight(WeightQuantizer):
+    """Adaptive codebook for the weights of one layer.
+
+    Attributes:
+        codebook: Sorted levels in units of the weights, # shape: (2^b - 1,)
+        momentum: EMA momentum m, # shape: ()
+    """
+
+    name = "adq"
+    has_codebook = True
+    option_values: ClassVar[Mapping[str, tuple[OptionValue, ...]]] = {
+        "quantile_rule": ("half", "plain")
+    }
+
+    codebook: Tensor
+    momentum: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        weight_shape: tuple[int, ...],
+        *,
+        ema_momentum: float | None = None,
+        **options: OptionValue,
+    ) -> None:
+        super().__init__(bits, weight_shape, ema_momentum=ema_momentum, **options)
+        self._n_side = self.n_levels(bits, **options) // 2
+        self.register_buffer("codebook", torch.linspace(-1, 1, 2 * self._n_side + 1))
+        self.register_buffer("momentum", torch.tensor(float(ema_momentum or 0.0)))
+
+    @classmethod
+    def n_levels(cls, bits: int, **options: OptionValue) -> int:
+        """Return 2^b - 1: as many levels below zero as above, and zero."""
+        cls.resolve_options(options)
+        return int(2 ** check_bits(bits)) - 1
+
+    def _fit(self, values: Tensor) -> None:
+        weights = values.flatten().to(computing_dtype(values, self.codebook))
+        sides = [weights[weights < 0].neg(), weights[weights > 0]]
+        if not len(sides[0]) and not len(sides[1]):
+            return
+        # A side without weights mirrors the other one.
+        negative, positive = (
+            self._quantiles(side if len(side) else other)
+            for side, other in zip(sides, sides[::-1], strict=True)
+        )
+        zero = weights.new_zeros(1)
+        self.codebook.copy_(torch.cat([-negative.flip(0), zero, positive]))
+
+    def _quantiles(self, magnitudes: Tensor) -> Tensor:
+        """Levels of one side, ascending, # shape: (k,)."""
+        spacing = 0.5 if self.options["quantile_rule"] == "half" else 1.0
+        shares = torch.arange(1, self._n_side + 1, device=magnitudes.device)
+        return quantile(magnitudes.unsqueeze(0), shares / (self._n_side + spacing))[0]
+
+    def _quantize(self, values: Tensor) -> Tensor:
+        with torch.no_grad():
+            weights = values.to(computing_dtype(values, self.codebook))
+            levels = self.codebook.to(weights.dtype)
+            index = nearest_index(weights, levels)
+            quantized = look_up(levels, index)
+            if self.training:
+                self._move_codebook_(weights - quantized, index)
+        return straight_through(values, quantized.to(values.dtype))
+
+    def _move_codebook_(self, errors: Tensor, index: Tensor) -> None:
+        """Take the EMA step, written as c_j + (1 - m) mean(w - c_j): small numbers are averaged.
+
+        Levels cannot change order: a mean lies within its level's interval.
+        """
+        flat, errors = index.flatten(), errors.flatten()
+        # One place more than levels: NaN weights stay out of the codebook.
+        sums = errors.new_zeros(self.codebook.numel() + 1)
+        counts = torch.zeros_like(sums).scatter_add_(0, flat, torch.ones_like(errors))[:-1]
+        means = sums.scatter_add_(0, flat, errors)[:-1] / counts.clamp(min=1)
+        means[self._n_side] = 0
+        self.codebook.add_((means * (1 - self.momentum)).to(self.codebook.dtype))
+
+    def _codes(self, values: Tensor) -> Tensor:
+        weights = values.to(computing_dtype(values, self.codebook))
+        return nearest_index(weights, self.codebook.to(weights.dtype))
+
+    def _levels(self) -> Tensor:
+        return self.codebook.clone()
+
+    def _saturated(self, values: Tensor) -> Tensor:
+        # No clipping: the outermost levels are means, and the gradient passes everywhere.
+        return torch.zeros_like(values, dtype=torch.bool)
+
+    def _positive_parameters(self) -> list[Tensor]:
+        return [self.codebook.new_zeros(0)]

@@ -1,0 +1,142 @@
+r"""ASQ: LSQ for inputs whose step size a small adapter fits to every sample.
+
+Notation:
+    s_a = s \\beta, x_int = clamp(round(x / s_a), n, p), \\hat x = x_int s_a
+
+References:
+    [Zhou2025] arXiv 2504.17263, Eqs. 4-9 and algorithm 1; its public code (SENGEL13/ASQ-POST).
+
+Eq. 6 prints s where s_a is meant (algorithm 1 and the code have s_a); Eqs. 7-9 likewise. As in the
+code, LSQ's gradient scale acts on s and not on beta, and the inputs receive a second gradient
+through the adapter. N in that scale counts the features of one sample (see `lsq`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adq_search.policy import OptionValue
+from adq_search.quantizers._base import INPUT_QUANTIZERS, InputQuantizer
+from adq_search.quantizers._calibration import (
+    EPS,
+    computing_dtype,
+    initial_step,
+    integer_grid,
+    n_features,
+)
+from adq_search.quantizers._through import (
+    lsq_gradient_scale,
+    positive_step,
+    uniform_integers,
+    uniform_through,
+)
+
+#: From this many channels on, the adapter has a hidden layer of a quarter of them.
+MIN_CHANNELS_FOR_HIDDEN = 8
+SMALLEST_FACTOR = 1e-8
+
+
+class Adapter(nn.Module):
+    """Maps channel means of a sample to its step factor, about 1 before training.
+
+    C -> C/4 -> 1 with ReLU after both; C -> 1 below eight channels [Zhou2025, code]. Stays in its
+    own precision under autocast.
+
+    Args:
+        n_channels: Channels C of the input.
+    """
+
+    def __init__(self, n_channels: int) -> None:
+        super().__init__()
+        width = n_channels
+        self.hidden: nn.Linear | None = None
+        if n_channels >= MIN_CHANNELS_FOR_HIDDEN:
+            width = n_channels // 4
+            self.hidden = nn.Linear(n_channels, width)
+        self.output = nn.Linear(width, 1)
+        nn.init.normal_(self.output.weight, std=0.01)
+        nn.init.ones_(self.output.bias)
+
+    def forward(self, means: Tensor) -> Tensor:
+        """Return one factor a sample.
+
+        Args:
+            means: Channel means, # shape: (N, C)
+
+        Returns:
+            Factors beta >= 1e-8, # shape: (N,)
+        """
+        with torch.autocast(device_type=means.device.type, enabled=False):
+            out = means.to(self.output.weight.dtype)
+            if self.hidden is not None:
+                out = F.relu(self.hidden(out))
+            return F.relu(self.output(out)).squeeze(-1).clamp(min=SMALLEST_FACTOR)
+
+
+@INPUT_QUANTIZERS.register("asq")
+class AsqInput(InputQuantizer):
+    """ASQ for inputs: step s times a factor beta of each sample.
+
+    `levels()` leaves the factor out; `codes()` takes it into account.
+
+    Attributes:
+        step: The trained step s, # shape: ()
+        adapter: Computes beta.
+    """
+
+    name = "asq"
+    # Quantized inputs have other channel means, hence another factor.
+    is_projection = False
+
+    def __init__(
+        self, bits: int, *, n_channels: int, channel_dim: int, **options: OptionValue
+    ) -> None:
+        super().__init__(bits, n_channels=n_channels, channel_dim=channel_dim, **options)
+        self.step = nn.Parameter(torch.ones(()))
+        self.adapter = Adapter(n_channels)
+        self._frozen_factor: float | None = None
+
+    def freeze_factor_(self, value: float | None) -> None:
+        """Use `value` as every sample's factor, or the adapter again where it is None."""
+        self._frozen_factor = value
+
+    def factors(self, values: Tensor) -> Tensor:
+        """Return beta of every sample, # shape: (N, 1, ..., 1)."""
+        shape = self._sample_shape(values)
+        if self._frozen_factor is not None:
+            return self.step.new_full(shape, self._frozen_factor)
+        batch = values if values.ndim > -self.channel_dim else values.unsqueeze(0)
+        channel_dim = batch.ndim + self.channel_dim
+        pooled = [dim for dim in range(1, batch.ndim) if dim != channel_dim]
+        dtype = computing_dtype(values, self.step)
+        means = batch.mean(dim=pooled, dtype=dtype) if pooled else batch.to(dtype)
+        beta: Tensor = self.adapter(means)
+        return beta.view(shape)
+
+    def _fit(self, values: Tensor) -> None:
+        self._fit_range(values)
+        self.step.copy_(initial_step(values.reshape(1, -1), self.qmax)[0])
+
+    def _quantize(self, values: Tensor) -> Tensor:
+        n_values = n_features(values, self._sample_shape(values))
+        step = positive_step(self.step, lsq_gradient_scale(self.qmax, n_values))
+        return uniform_through(values, step * self.factors(values), self.qmin, self.qmax)
+
+    def _codes(self, values: Tensor) -> Tensor:
+        step = self._positive() * self.factors(values)
+        return uniform_integers(values, step, self.qmin, self.qmax).long()
+
+    def _levels(self) -> Tensor:
+        return self._positive() * integer_grid(self.bits, self.qmin, self.step)
+
+    def _saturated(self, values: Tensor) -> Tensor:
+        scaled = values / (self._positive() * self.factors(values))
+        return (scaled < self.qmin) | (scaled > self.qmax)
+
+    def _positive_parameters(self) -> list[Tensor]:
+        return [self.step]
+
+    def _positive(self) -> Tensor:
+        return self.step.detach().abs().clamp(min=EPS)

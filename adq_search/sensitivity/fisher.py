@@ -1,0 +1,162 @@
+"""The diagonal of the Fisher information, exact per example.
+
+Notation:
+    z_n: logits of example n; p_nc: its softmax; q_nc: weight of class c as its label.
+    g_ncj = dL_n/dw_j where the label is c: (dz_n/dw_j)^T (p_n - e_c).
+    F_jj = (1/N) sum_n sum_c q_nc g_ncj^2.
+
+The square stands inside the mean: the square of the batch's mean gradient is another, smaller
+number. With q = p this is the Fisher information proper, equal to the diagonal of the Gauss-Newton
+matrix. With q one at the label of the data it is the empirical Fisher, which vanishes where the
+network has fitted its training set (methods.md, sections 1.2h and 4), so the first is the default.
+Drawing labels from p has the right mean, but for a network that is sure of itself all of it comes
+from a few unlikely draws; where classes are few, the sum over c is done instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from adq_search.sensitivity._base import (
+    Calls,
+    Curvature,
+    LayerCurvature,
+    OnProgress,
+    checked_logits,
+    n_to_keep,
+    watched,
+)
+from adq_search.sensitivity._registry import register_estimator
+from adq_search.tracing import parametric_layers
+
+#: Elements of the largest layer's per-example gradients held at once.
+_CHUNK_ELEMENTS = 2**25
+
+
+@register_estimator
+@dataclass(frozen=True, slots=True)
+class FisherEstimator:
+    """Mean squared per-example gradients of weights and layer inputs.
+
+    Args:
+        labels: `model` takes labels by the network's softmax; `data` takes the targets.
+        exact_classes: Up to this many classes, the sum over all of them replaces draws.
+        draws: Labels drawn for each example beyond that.
+        chunk: Examples at once; None chooses by the largest layer.
+    """
+
+    labels: Literal["model", "data"] = "model"
+    exact_classes: int = 16
+    draws: int = 4
+    chunk: int | None = None
+
+    name: ClassVar[str] = "fisher"
+
+    def curvature(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        seed: int,
+        on_progress: OnProgress | None = None,
+    ) -> Curvature:
+        """Return F for weights and the squared per-example gradient for inputs."""
+        layers = parametric_layers(model)
+        largest = max(layer.weight.numel() for layer in layers.values())
+        chunk = self.chunk or max(1, min(64, _CHUNK_ELEMENTS // largest))
+        generator = torch.Generator(device=inputs.device).manual_seed(seed)
+        squares = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+        values: dict[str, list[Tensor]] = {}
+        gradients: dict[str, list[Tensor]] = {}
+        n, kept, keep = len(inputs), 0, len(inputs)
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk)
+            labels = targets[rows]
+            with watched(model) as calls:
+                logits = checked_logits(model(inputs[rows]), len(labels), calls)
+                pulls = self._pulls(logits.detach(), labels, generator)
+                found = [_gradients(logits, pull, calls) for pull in pulls]
+            if start == 0:
+                elements = sum(x.numel() for c in calls.values() for x in c.inputs)
+                keep = n_to_keep(elements // len(labels), n)
+            room = max(0, keep - kept)
+            for name, call in calls.items():
+                seen = [x.detach() for x in call.inputs]
+                for by_label in found:
+                    squares[name] += _squared_weight_gradients(
+                        layers[name], seen, by_label[name][1]
+                    )
+                values.setdefault(name, []).extend(x[:room] for x in seen)
+                of_calls = zip(*(by_label[name][0] for by_label in found), strict=True)
+                gradients.setdefault(name, []).extend(
+                    torch.stack([g[:room].square() for g in gs]).sum(dim=0) for gs in of_calls
+                )
+            kept = min(keep, kept + len(labels))
+            if on_progress is not None:
+                on_progress(min(start + chunk, n), n)
+        found_layers = {
+            name: LayerCurvature(
+                weight=squares[name] / n,
+                input=torch.cat(gradients[name]),
+                values=torch.cat(values[name]),
+            )
+            for name in values
+        }
+        return Curvature(self.name, found_layers, kept)
+
+    def _pulls(self, logits: Tensor, targets: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Return sqrt(q_c) (p - e_c) for each label c in turn, # shape: (n, classes) each."""
+        p = logits.softmax(dim=1)
+        n_classes = p.shape[1]
+        if self.labels == "data":
+            return [p - nn.functional.one_hot(targets, n_classes)]
+        if n_classes > self.exact_classes:
+            drawn = torch.multinomial(p, self.draws, replacement=True, generator=generator)
+            share = self.draws**-0.5
+            return [share * (p - nn.functional.one_hot(c, n_classes)) for c in drawn.T]
+        corners = torch.eye(n_classes, dtype=p.dtype, device=p.device)
+        return [p[:, c : c + 1].sqrt() * (p - corners[c]) for c in range(n_classes)]
+
+
+def _gradients(
+    logits: Tensor, pull: Tensor, calls: dict[str, Calls]
+) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Return pull^T dz/d(input) and pull^T dz/d(output) of each layer, as lists of (n, ...)."""
+    nodes = [t for c in calls.values() for t in (*c.inputs, *c.outputs)]
+    found = torch.autograd.grad(logits, nodes, pull, retain_graph=True, materialize_grads=True)
+    flat = iter(found)
+    return {
+        name: ([next(flat) for _ in c.inputs], [next(flat) for _ in c.outputs])
+        for name, c in calls.items()
+    }
+
+
+def _squared_weight_gradients(
+    layer: nn.Module, seen: list[Tensor], by_output: list[Tensor]
+) -> Tensor:
+    """Return sum_n g_n^2; shape of the weight.
+
+    A layer that is called several times has one gradient: the sum over its calls.
+    """
+
+    def weight_gradient(*tensors: Tensor) -> Tensor:
+        half = len(tensors) // 2
+
+        def outputs(weight: Tensor) -> tuple[Tensor, ...]:
+            return tuple(
+                functional_call(layer, {"weight": weight}, (x.unsqueeze(0),)).squeeze(0)
+                for x in tensors[:half]
+            )
+
+        _, pull_back = vjp(outputs, layer.weight.detach())
+        (gradient,) = pull_back(tensors[half:])
+        return gradient
+
+    per_example: Tensor = vmap(weight_gradient)(*seen, *by_output)  # shape: (n, *weight.shape)
+    return per_example.square().sum(dim=0)

@@ -1,0 +1,234 @@
+"""A planned job made ready in a folder: teacher trained, seeds chosen, results kept.
+
+`prepare` trains the teacher, asks the prior for seeds, and writes both down; `reopen` reads them
+back, in another process or after an interruption. Hosts see a `Session` and nothing below it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from adq_search.distill import Teacher
+from adq_search.errors import StorageError
+from adq_search.files import read_json, write_atomic, write_json
+from adq_search.job import Job
+from adq_search.plan import Plan, check_fingerprint, plan
+from adq_search.policy import Policy
+from adq_search.prior import propose_seeds
+from adq_search.progress import NoProgress, Progress
+from adq_search.sensitivity import SensitivityTable, sensitivity_table
+from adq_search.teacher import load_weights_, make_teacher
+from adq_search.training import EpochProgress, Evaluation, Monitor, evaluate
+from adq_search.trial import TrialResult, run_trial, weights_of
+
+SCHEMA = "adq_search.session/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A policy to try before any the sampler draws.
+
+    Attributes:
+        policy: What to try.
+        origin: Who proposed it: `uniform W4A4`, `prior fisher 3/8`.
+        predicted: The loss increase its prior predicts, nats; None for a baseline.
+    """
+
+    policy: Policy
+    origin: str
+    predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """A prepared job in its folder: teacher trained, seeds chosen, results kept.
+
+    Attributes:
+        plan: The job, resolved.
+        folder: Where everything of this search is written.
+        teacher: The full-precision network.
+        full_precision: The teacher on the validation part.
+        seeds: Baselines and the prior's proposals, in the order they should run.
+        seconds: Time spent on the teacher and on the prior.
+    """
+
+    plan: Plan
+    folder: Path
+    teacher: Teacher
+    full_precision: Evaluation
+    seeds: tuple[Seed, ...]
+    seconds: dict[str, float]
+
+    def measure(self, policy: Policy, monitor: Monitor | None = None) -> TrialResult:
+        """Return the result of a policy: from the folder if it was ever measured, else by a trial.
+
+        The result and the weights are on disk before this returns, so that whatever kills the
+        caller loses nothing that was finished.
+        """
+        known = self.result_of(policy)
+        if known is not None:
+            return known
+        job = self.plan.job
+        result, network = run_trial(
+            policy,
+            self.plan.task,
+            self.teacher,
+            job.training,
+            self.plan.totals(policy),
+            monitor=monitor,
+            seed=job.search.seed,
+        )
+        if result.state == "complete":
+            state = weights_of(network)
+            write_atomic(self.weights_file(policy), lambda path: save_file(state, path))
+        write_json(self._result_file(policy.hash), result.to_json())
+        return result
+
+    def result_of(self, policy: Policy) -> TrialResult | None:
+        """Return what was measured of a policy before, None if nothing was."""
+        return self.result_of_hash(policy.hash)
+
+    def result_of_hash(self, policy_hash: str) -> TrialResult | None:
+        """Return what was measured of the policy with this hash."""
+        file = self._result_file(policy_hash)
+        if not file.exists():
+            return None
+        return TrialResult.from_json(read_json(file, StorageError, what="trial"))
+
+    def origin_of(self, policy: Policy) -> str:
+        """Return who proposed a policy: a seed's origin, or `sampler`."""
+        return next((s.origin for s in self.seeds if s.policy == policy), "sampler")
+
+    def weights_file(self, policy: Policy) -> Path:
+        """Return where the trained weights of a policy lie."""
+        return self.folder / "weights" / f"{policy.hash}.safetensors"
+
+    def _result_file(self, policy_hash: str) -> Path:
+        return self.folder / "trials" / f"{policy_hash}.json"
+
+
+def prepare(planned: Plan, folder: Path, progress: Progress | None = None) -> Session:
+    """Train the teacher, ask the prior for seeds, and write both into `folder`.
+
+    Where the folder holds a prepared session of the same fingerprint, that is reopened instead.
+
+    Raises:
+        StorageError: The folder belongs to another job.
+    """
+    if (folder / "session.json").exists():
+        return reopen(folder, planned)
+    heard = progress or NoProgress()
+    job = planned.job
+    start = time.perf_counter()
+    epochs = planned.task.teacher.epochs
+    network = make_teacher(
+        planned.task, seed=job.search.seed, monitor=EpochProgress(heard, "teacher", epochs)
+    )
+    teacher = Teacher(network, planned.task)
+    trained = time.perf_counter()
+    seeds = _seeds(planned, teacher, heard)
+    seconds = {"teacher": trained - start, "prior": time.perf_counter() - trained}
+    full_precision = evaluate(network, planned.task.validation)
+    state = weights_of(network)
+    write_atomic(folder / "teacher.safetensors", lambda path: save_file(state, path))
+    write_json(folder / "job.json", job.to_plain())
+    write_json(
+        folder / "session.json",
+        {
+            "schema": SCHEMA,
+            "fingerprint": planned.fingerprint,
+            "full_precision": asdict(full_precision),
+            "seeds": [
+                {"origin": s.origin, "predicted": s.predicted, "policy": s.policy.to_json()}
+                for s in seeds
+            ],
+            "seconds": seconds,
+        },
+    )
+    return Session(planned, folder, teacher, full_precision, seeds, seconds)
+
+
+def reopen(folder: Path, planned: Plan | None = None) -> Session:
+    """Read a prepared session back.
+
+    Args:
+        folder: Where `prepare` wrote it.
+        planned: The job it must belong to; None takes the job from the folder.
+
+    Raises:
+        StorageError: The folder holds no session, is damaged, or belongs to another job.
+    """
+    content = read_json(folder / "session.json", StorageError, what="session")
+    if content.get("schema") != SCHEMA:
+        msg = f"{folder} was written by another version ({content.get('schema')}, not {SCHEMA})."
+        raise StorageError(f"{msg} Choose another folder with --out.")
+    if planned is None:
+        planned = plan(Job.model_validate(read_json(folder / "job.json", StorageError, what="job")))
+    check_fingerprint(content["fingerprint"], planned.fingerprint, where=f"folder {folder}")
+    network = planned.task.make_network()
+    load_weights_(network, folder / "teacher.safetensors")
+    seeds = tuple(
+        Seed(Policy.from_json(s["policy"]), s["origin"], s["predicted"]) for s in content["seeds"]
+    )
+    return Session(
+        planned,
+        folder,
+        Teacher(network, planned.task),
+        Evaluation(**content["full_precision"]),
+        seeds,
+        content["seconds"],
+    )
+
+
+def _seeds(planned: Plan, teacher: Teacher, progress: Progress) -> tuple[Seed, ...]:
+    """Return uniform baselines and the prior's proposals, no policy twice."""
+    settings = planned.job.search
+    proposals = [Seed(p, origin) for origin, p in planned.space.uniform_policies().items()]
+    if settings.prior is not None and settings.seeds > 0:
+        table = measure_sensitivity(planned, teacher, progress)
+        found = propose_seeds(
+            planned.space,
+            planned.summary,
+            table,
+            settings.cost_axis,
+            planned.hardware,
+            n=settings.seeds,
+            budgets=settings.budgets,
+        )
+        proposals += [
+            Seed(s.policy, f"prior {settings.prior} {i}/{len(found)}", s.predicted)
+            for i, s in enumerate(found, start=1)
+        ]
+    return tuple(_distinct(proposals))
+
+
+def _distinct(seeds: list[Seed]) -> Iterator[Seed]:
+    seen: set[Policy] = set()
+    for seed in seeds:
+        if seed.policy not in seen:
+            seen.add(seed.policy)
+            yield seed
+
+
+def measure_sensitivity(
+    planned: Plan, teacher: Teacher, progress: Progress | None = None
+) -> SensitivityTable:
+    """Ask the job's prior how much loss each precision of each layer costs."""
+    settings = planned.job.search
+    heard = progress or NoProgress()
+    n = min(settings.prior_samples, len(planned.task.train))
+    batch = next(planned.task.train.batches(n, seed=settings.seed))
+    return sensitivity_table(
+        settings.prior or "fisher",
+        teacher.network,
+        batch.inputs,
+        batch.targets,
+        planned.space,
+        seed=settings.seed,
+        on_progress=lambda done, total: heard.update("sensitivity", done, total),
+    )

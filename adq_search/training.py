@@ -1,0 +1,231 @@
+"""One training loop, for teachers and for quantized students, and one evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adq_search.distill import DistillationSettings, Teacher, distillation_loss, kl_to_teacher
+from adq_search.progress import Progress
+from adq_search.quantizers import Quantizer
+from adq_search.tasks import Part, Task
+from adq_search.validation import StrictModel
+
+EVALUATION_BATCH = 512
+
+
+class TrainingSettings(StrictModel):
+    """How a network is trained: SGD with momentum, cosine decay to 0 without restarts.
+
+    Attributes:
+        epochs: Passes over the training part.
+        batch_size: Samples a step.
+        learning_rate: At the start.
+        momentum: Of SGD (Nesterov).
+        weight_decay: On weights and biases of the network; never on quantizer parameters, where
+            it would pull step sizes to zero.
+        distillation: How the student listens to the teacher.
+        calibration_samples: Training samples that initialise the input quantizers.
+        batch_norm_batches: Training batches that re-estimate batch-norm statistics at the end.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 6
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.02
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1e-4
+    distillation: DistillationSettings = DistillationSettings()
+    calibration_samples: Annotated[int, Field(ge=1)] = 256
+    batch_norm_batches: Annotated[int, Field(ge=1)] = 16
+
+
+class Monitor(Protocol):
+    """What watches a training run; hosts implement it."""
+
+    def report(self, epoch: int, loss: float) -> None:
+        """Take the mean training loss of an epoch, counted from 1."""
+        ...
+
+    def should_stop(self) -> bool:
+        """Whether to end the training after this epoch."""
+        ...
+
+
+class Silent:
+    """A monitor that listens to nothing and never stops."""
+
+    def report(self, epoch: int, loss: float) -> None:
+        """Do nothing."""
+
+    def should_stop(self) -> bool:
+        """Never stop."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class EpochProgress:
+    """A monitor that passes epochs on as progress, and never stops."""
+
+    progress: Progress
+    stage: str
+    epochs: int
+
+    def report(self, epoch: int, loss: float) -> None:
+        """Pass an epoch on."""
+        self.progress.update(self.stage, epoch, self.epochs, f"loss {loss:.3f}")
+
+    def should_stop(self) -> bool:
+        """Never stop."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class FitOutcome:
+    """How a training run ended.
+
+    Attributes:
+        epochs: Epochs finished.
+        loss: Mean training loss of the last epoch.
+        is_finite: False when the loss became NaN or infinite; training ended there.
+        was_stopped: The monitor ended it.
+    """
+
+    epochs: int
+    loss: float
+    is_finite: bool
+    was_stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A network measured on one part.
+
+    Attributes:
+        accuracy: Share of samples whose class is right, 0 to 1.
+        loss: Mean cross-entropy, nats.
+        kl: Mean KL from the teacher's distribution, nats; 0 for the teacher itself.
+    """
+
+    accuracy: float
+    loss: float
+    kl: float
+
+
+def fit(
+    network: nn.Module,
+    task: Task,
+    settings: TrainingSettings,
+    *,
+    teacher: Teacher | None = None,
+    monitor: Monitor | None = None,
+    seed: int,
+) -> FitOutcome:
+    """Train `network` in place on the task's training part.
+
+    The order of the samples and their augmentation follow `seed` alone, so two policies trained
+    with the same seed see the same data (common random numbers).
+
+    Args:
+        network: Float or quantized; trained in place, left in train mode.
+        task: Gives data and augmentation.
+        settings: The recipe.
+        teacher: Distil from it, as `settings.distillation` says; None trains on labels.
+        monitor: Told of every epoch; may end the run.
+        seed: Of data order and augmentation.
+    """
+    watch = monitor or Silent()
+    optimizer = torch.optim.SGD(
+        _parameter_groups(network, settings),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0.0,
+    )
+    steps = settings.epochs * math.ceil(len(task.train) / settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    guide = teacher if settings.distillation.enabled else None
+    generator = torch.Generator().manual_seed(seed)
+    network.train()
+    mean_loss = math.nan
+    for epoch in range(1, settings.epochs + 1):
+        total, n = torch.zeros(()), 0
+        for batch in task.train.batches(settings.batch_size, seed=_epoch_seed(seed, epoch)):
+            if task.augment is not None:
+                batch = batch._replace(inputs=task.augment(batch.inputs, generator))
+            answers = None if guide is None else guide.logits(batch)
+            loss = distillation_loss(
+                network(batch.inputs), batch.targets, answers, settings.distillation
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach() * len(batch.inputs)
+            n += len(batch.inputs)
+        mean_loss = float(total / n)
+        if not math.isfinite(mean_loss):
+            return FitOutcome(epoch, mean_loss, is_finite=False, was_stopped=False)
+        watch.report(epoch, mean_loss)
+        if epoch < settings.epochs and watch.should_stop():
+            return FitOutcome(epoch, mean_loss, is_finite=True, was_stopped=True)
+    return FitOutcome(settings.epochs, mean_loss, is_finite=True, was_stopped=False)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, part: Part, teacher: Teacher | None = None) -> Evaluation:
+    """Measure `network` on a part, in eval mode.
+
+    Args:
+        network: Classifier that returns logits, shape (batch, classes).
+        part: What it is measured on.
+        teacher: What KL is taken from; None says the network is the teacher (KL 0).
+    """
+    was_training = network.training
+    network.eval()
+    right, loss, kl, n = 0.0, 0.0, 0.0, 0
+    for batch in part.batches(EVALUATION_BATCH):
+        logits: Tensor = network(batch.inputs)
+        size = len(batch.targets)
+        right += float((logits.argmax(dim=-1) == batch.targets).sum())
+        loss += float(F.cross_entropy(logits, batch.targets)) * size
+        if teacher is not None:
+            kl += float(kl_to_teacher(logits, teacher.answer(batch.inputs))) * size
+        n += size
+    network.train(was_training)
+    return Evaluation(accuracy=right / n, loss=loss / n, kl=kl / n)
+
+
+def training_inputs(task: Task, settings: TrainingSettings, *, seed: int) -> Iterator[Tensor]:
+    """Yield the batches that re-estimate batch-norm statistics, augmented as in training."""
+    generator = torch.Generator().manual_seed(seed)
+    batches: Iterable[Any] = task.train.batches(settings.batch_size, seed=seed)
+    for _, batch in zip(range(settings.batch_norm_batches), batches, strict=False):
+        yield batch.inputs if task.augment is None else task.augment(batch.inputs, generator)
+
+
+def _parameter_groups(network: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """Split parameters into the network's own and the quantizers', with their learning rates."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    seen: set[int] = set()
+    for module in network.modules():
+        if isinstance(module, Quantizer):
+            for parameter in module.parameters():
+                seen.add(id(parameter))
+                key = (settings.learning_rate * module.learning_rate_factor, 0.0)
+                groups.setdefault(key, []).append(parameter)
+    own = [p for p in network.parameters() if id(p) not in seen]
+    groups.setdefault((settings.learning_rate, settings.weight_decay), []).extend(own)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 100_003 + epoch

@@ -1,0 +1,60 @@
+"""The first thing wrong with a file that people edit, as one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from adq_search.errors import AdqSearchError, did_you_mean
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class StrictModel(BaseModel):
+    """A frozen pydantic model that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def validated(model: type[Model], content: Any, error: type[AdqSearchError], *, what: str) -> Model:
+    """Validate `content` as `model`.
+
+    Args:
+        model: The pydantic model.
+        content: Parsed YAML or JSON.
+        error: Raised with the field at fault, what is wrong with it, and the nearest known key.
+        what: What the content is, for the sentence: `the job file digits.yaml`.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as problem:
+        raise error(first_problem(problem, model, what=what)) from problem
+
+
+def first_problem(problem: ValidationError, model: type[BaseModel], *, what: str) -> str:
+    """Return one sentence on the first error: place, rule, evidence, remedy.
+
+    An unknown key comes first: it often explains a missing one.
+    """
+    errors = problem.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    place = ".".join(str(part) for part in first["loc"]) or "top level"
+    if first["type"] == "extra_forbidden":
+        *parents, key = first["loc"]
+        hint = did_you_mean(str(key), _keys_at(model, parents))
+        return f"{what[0].upper()}{what[1:]} has an unknown key '{place}'. {hint}"
+    shown = "" if isinstance(first["input"], dict | list) else f" (it is {first['input']!r})"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{what[0].upper()}{what[1:]}: '{place}': {message}{shown}."
+
+
+def _keys_at(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
+    fields = model.model_fields
+    for part in path:
+        annotation = fields[str(part)].annotation if str(part) in fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        fields = annotation.model_fields
+    return [field.alias or name for name, field in fields.items()]

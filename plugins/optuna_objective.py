@@ -1,0 +1,181 @@
+"""`PolicyObjective`: a session as an objective for `study.optimize` or ask/tell."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from adq_search.errors import StorageError
+from adq_search.policy import Policy
+from adq_search.plan import Plan, check_fingerprint
+from adq_search.session import Session
+from adq_search.space import Parameter
+from adq_search.trial import TrialResult
+
+FINGERPRINT = "adq_search.fingerprint"
+_POLL_S = 0.02
+_PATIENCE_S = 10.0
+
+
+class Verdict(StrEnum):
+    """What became of a drawn policy before any training."""
+
+    MEASURED = "measured"
+    OVER_BUDGET = "over budget"
+    REPEATED = "repeated"
+    SURPLUS = "surplus"
+
+
+def distribution(parameter: Parameter) -> BaseDistribution:
+    """Return Optuna's form of a parameter: ordinal dimensions are integers, not categories."""
+    if parameter.kind == "categorical":
+        return CategoricalDistribution(parameter.choices)
+    return IntDistribution(parameter.low, parameter.high, step=parameter.step)
+
+
+def check_study(study: Study, plan: Plan) -> None:
+    """Refuse a study whose directions or fingerprint are not this job's.
+
+    Raises:
+        StorageError: Says what differs.
+    """
+    stored = study.user_attrs.get(FINGERPRINT)
+    where = f"study '{study.study_name}'"
+    if stored is None:
+        msg = f"The {where} was not made by adq_search. Choose another --study."
+        raise StorageError(msg)
+    check_fingerprint(stored, plan.fingerprint, where=where)
+    if list(study.directions) != directions(plan):
+        msg = f"The {where} has other objectives than this job. Choose another --study."
+        raise StorageError(msg)
+
+
+def directions(plan: Plan) -> list[StudyDirection]:
+    """Return the directions of the job's objectives."""
+    return [StudyDirection[axis.direction.upper()] for axis in plan.job.search.axes]
+
+
+class PolicyObjective:
+    """Measures the policy that a trial draws.
+
+    Works with `study.optimize(objective, ...)`, with ask/tell, and from several processes that
+    share one storage. Before any training it computes the cost and sets one Optuna constraint for
+    each budget (feasible at zero or less); a draw over budget is pruned. A policy measured before
+    returns its stored values; a trial that diverged is pruned, with its reason in the user
+    attributes. Every figure is kept as user attribute `result`.
+
+    Args:
+        session: A prepared session.
+        n_trials: Distinct policies to measure in the whole study; draws past it are pruned
+            untrained. None sets no limit.
+
+    Example:
+        >>> # study = optuna.create_study(directions=["maximize", "minimize"])
+        >>> # study.optimize(PolicyObjective(session), n_trials=20)
+    """
+
+    def __init__(self, session: Session, *, n_trials: int | None = None) -> None:
+        self.session = session
+        self.distributions = {p.name: distribution(p) for p in session.plan.space.parameters}
+        self._n_trials = n_trials
+
+    def __call__(self, trial: Trial) -> tuple[float, ...]:
+        """Return the objective values, or raise `optuna.TrialPruned`."""
+        plan = self.session.plan
+        policy = plan.space.policy_of(self._draw(trial))
+        totals = plan.totals(policy)
+        trial.set_user_attr("policy_hash", policy.hash)
+        trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
+        excess = plan.excess(totals)
+        for name, amount in excess.items():
+            trial.set_constraint(name, amount)
+        if any(amount > 0.0 for amount in excess.values()):
+            over = ", ".join(f"{n} by {a:.6g}" for n, a in excess.items() if a > 0.0)
+            self._settle(trial, Verdict.OVER_BUDGET)
+            msg = f"over budget: {over}"
+            raise optuna.TrialPruned(msg)
+        earlier = self._settled_before(trial)
+        same = next((t for t in earlier if t.user_attrs["policy_hash"] == policy.hash), None)
+        if same is not None:
+            return self._repeat(trial, same)
+        if self._n_trials is not None and len(earlier) >= self._n_trials:
+            self._settle(trial, Verdict.SURPLUS)
+            msg = "the requested number of trials is reached"
+            raise optuna.TrialPruned(msg)
+        self._settle(trial, Verdict.MEASURED)
+        result = self.session.measure(policy)
+        trial.set_user_attr("origin", self.session.origin_of(policy))
+        trial.set_user_attr("result", result.to_json())
+        if result.state != "complete":
+            raise optuna.TrialPruned(result.reason or result.state)
+        return plan.values(result)
+
+    def _draw(self, trial: Trial) -> dict[str, Any]:
+        drawn: dict[str, Any] = {}
+        for name, found in self.distributions.items():
+            if isinstance(found, IntDistribution):
+                drawn[name] = trial.suggest_int(name, found.low, found.high, step=found.step)
+            elif isinstance(found, CategoricalDistribution):
+                drawn[name] = trial.suggest_categorical(name, found.choices)
+        return drawn
+
+    def _settle(self, trial: Trial, verdict: Verdict) -> None:
+        trial.set_user_attr("verdict", verdict.value)
+
+    def _repeat(self, trial: Trial, same: FrozenTrial) -> tuple[float, ...]:
+        self._settle(trial, Verdict.REPEATED)
+        trial.set_user_attr("repeat_of", same.number)
+        stored = result_of(same)
+        if stored is None or stored.state != "complete":
+            msg = f"repeats trial {same.number}, which is running or did not complete"
+            raise optuna.TrialPruned(msg)
+        return self.session.plan.values(stored)
+
+    def _settled_before(self, trial: Trial) -> list[FrozenTrial]:
+        """Return the earlier trials that measure a policy, once all earlier draws have a verdict.
+
+        The order of trial numbers decides who measures a policy that two workers drew at once, and
+        which draw is one too many: every worker sees the same order.
+        """
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            earlier = [t for t in _live_trials(trial.study) if t.number < trial.number]
+            undecided = [
+                t
+                for t in earlier
+                if t.state == TrialState.RUNNING and "verdict" not in t.user_attrs
+            ]
+            if not undecided or time.monotonic() > deadline:
+                return measuring(earlier)
+            time.sleep(_POLL_S)
+
+
+def measuring(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that train, or have trained, a policy of their own."""
+    return [t for t in trials if t.user_attrs.get("verdict") == Verdict.MEASURED]
+
+
+def result_of(trial: FrozenTrial) -> TrialResult | None:
+    """Return what a trial measured, None while it runs or where it measured nothing itself."""
+    stored = trial.user_attrs.get("result")
+    return None if stored is None else TrialResult.from_json(stored)
+
+
+def policy_of(trial: FrozenTrial) -> Policy | None:
+    """Return the policy a finished trial measured."""
+    result = result_of(trial)
+    return None if result is None else result.policy
+
+
+def _live_trials(study: Study) -> list[FrozenTrial]:
+    states = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+    return study.get_trials(deepcopy=False, states=states)
