@@ -89,24 +89,20 @@ class Teacher:
     def __init__(self, network: nn.Module, task: Task) -> None:
         self.network = network.eval().requires_grad_(requires_grad=False)
         self._keeps = task.augment is None and task.train.is_in_memory
-        self._size = len(task.train)
-        self._kept: Tensor | None = None
-        self._is_kept: Tensor | None = None
+        self._shape = (len(task.train), task.n_classes)
+        self._kept: Tensor | None = None  # shape: (n, classes); NaN where not answered yet
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits for a training batch, shape (batch, classes)."""
         if not self._keeps:
             return self.answer(batch.inputs)
-        if self._kept is not None and self._is_kept is not None:
-            if bool(self._is_kept[batch.indices].all()):
-                return self._kept[batch.indices]
-        fresh = self.answer(batch.inputs)
-        if self._kept is None or self._is_kept is None:
-            self._kept = fresh.new_zeros(self._size, fresh.shape[-1])
-            self._is_kept = torch.zeros(self._size, dtype=torch.bool, device=batch.indices.device)
-        self._kept[batch.indices] = fresh
-        self._is_kept[batch.indices] = True
+        if self._kept is None:
+            self._kept = batch.inputs.new_full(self._shape, torch.nan)
+        kept = self._kept[batch.indices]
+        if not bool(kept.isnan().any()):
+            return kept
+        self._kept[batch.indices] = fresh = self.answer(batch.inputs)
         return fresh
 
     @torch.no_grad()

@@ -38,7 +38,7 @@ def front_indices(points: Sequence[Point], directions: Sequence[Direction]) -> l
         directions: One direction for each coordinate.
     """
     losses = _as_losses(points, directions)
-    finite = ~np.isnan(losses).any(axis=1)
+    finite: NDArray[np.bool_] = np.logical_not(np.isnan(losses).any(axis=1))
     return [
         i
         for i, row in enumerate(losses)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from adq_search.errors import BudgetError, StorageError
+from adq_search.errors import StorageError
 from adq_search.hardware import CostReport, Hardware, cost, load_hardware, total_of
 from adq_search.job import MEASURED, Job
 from adq_search.policy import FLOAT, Policy
-from adq_search.prior import cost_range
+from adq_search.prior import check_budgets, cost_range
 from adq_search.space import SearchSpace
 from adq_search.tasks import Task, load_task
 from adq_search.tracing import ModelSummary, trace
@@ -85,7 +85,7 @@ def plan(job: Job) -> Plan:
     space = SearchSpace.from_spec(job.space, summary)
     hardware = load_hardware(job.search.hardware)
     planned = Plan(job, task, summary, space, hardware, _fingerprint(job, task, summary, space))
-    _check_budgets(planned)
+    check_budgets(space, summary, job.search.budgets, hardware)
     return planned
 
 
@@ -118,14 +118,3 @@ def _fingerprint(job: Job, task: Task, summary: ModelSummary, space: SearchSpace
         "space": space.fingerprint,
         "recipe": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
-
-
-def _check_budgets(planned: Plan) -> None:
-    for name, limit in planned.job.search.budgets.items():
-        low, high = planned.cost_range(name)
-        if limit < low:
-            msg = (
-                f"No policy of the space meets the budget {name} <= {limit:.6g}: the space reaches "
-                f"from {low:.6g} to {high:.6g}. Raise the budget, or allow fewer bits."
-            )
-            raise BudgetError(msg, (low, high))

@@ -23,19 +23,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 from scipy.stats import spearmanr
 
 from adq_search.errors import BudgetError, CostError, did_you_mean
 from adq_search.hardware import COST_NAMES, Hardware, layer_cost, load_hardware
+from adq_search.knapsack import choose, is_within, lower_hull, sum_at
 from adq_search.policy import LayerPrecision, Policy
 from adq_search.sensitivity import SensitivityTable
 from adq_search.space import Group, SearchSpace
 from adq_search.tracing import ModelSummary
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,7 @@ def lagrangian_sweep(
     """
     costs = _costs(space, summary, cost_name, hardware)
     losses = _losses(space, table)
-    walks = [_lower_hull(k, s) for k, s in zip(costs, losses, strict=True)]
+    walks = [lower_hull(k, s) for k, s in zip(costs, losses, strict=True)]
     at = [walk[0] for walk in walks]
     steps = []
     for g, walk in enumerate(walks):
@@ -128,7 +124,7 @@ def propose_seeds(
             sweep = [
                 p
                 for p in sweep
-                if _is_within(math.fsum(figure(layer, c) for layer, c in p.policy), limit)
+                if is_within(math.fsum(figure(layer, c) for layer, c in p.policy), limit)
             ]
         if not sweep:
             return (allocate(space, summary, table, budgets, hardware, cost_name=cost_name),)
@@ -142,6 +138,49 @@ def propose_seeds(
         nearest = np.argsort(np.abs(position - target), kind="stable")
         chosen.add(next(int(i) for i in nearest if int(i) not in chosen))
     return tuple(sweep[i] for i in sorted(chosen))
+
+
+def check_budgets(
+    space: SearchSpace,
+    summary: ModelSummary,
+    budgets: Mapping[str, float],
+    hardware: Hardware | str,
+) -> None:
+    """Check that some policy of the space meets all budgets, each and together.
+
+    Args:
+        space: Which policies exist.
+        summary: The traced network.
+        budgets: Upper limits on cost figures that add up over layers.
+        hardware: Cost model.
+
+    Raises:
+        BudgetError: No policy does; `reachable` is the interval of the budget at fault.
+    """
+    for name, limit in budgets.items():
+        low, high = cost_range(space, summary, name, hardware)
+        if not is_within(low, limit):
+            msg = (
+                f"No policy of the space meets the budget {name} <= {limit:.6g}: the space reaches "
+                f"from {low:.6g} to {high:.6g}. Raise the budget, or allow fewer bits."
+            )
+            raise BudgetError(msg, (low, high))
+    costs = {name: _costs(space, summary, name, hardware) for name in budgets}
+    within: list[tuple[list[list[float]], float]] = []
+    for name, limit in budgets.items():
+        cheapest = choose(costs[name], within)
+        assert cheapest is not None, "the budgets before this one can be met together"
+        low = sum_at(costs[name], cheapest)
+        if not is_within(low, limit):
+            _, high = cost_range(space, summary, name, hardware)
+            others = ", ".join(f"{n} <= {budgets[n]:.6g}" for n in list(budgets)[: len(within)])
+            msg = (
+                f"No policy of the space meets {name} <= {limit:.6g} together with {others}: "
+                f"within those, {name} reaches from {low:.6g} to {high:.6g}. Raise one of the "
+                "budgets."
+            )
+            raise BudgetError(msg, (low, high))
+        within.append((costs[name], limit))
 
 
 def allocate(
@@ -171,29 +210,10 @@ def allocate(
     if not budgets:
         msg = "An allocation needs a budget, but has none. Give one, such as average bits of 4."
         raise CostError(msg)
-    losses = _losses(space, table)
-    costs = {name: _costs(space, summary, name, hardware) for name in budgets}
-    for name, limit in budgets.items():
-        low, high = cost_range(space, summary, name, hardware)
-        if not _is_within(low, limit):
-            msg = (
-                f"No policy of the space meets the budget {name} <= {limit:.6g}: the space reaches "
-                f"from {low:.6g} to {high:.6g}. Raise the budget, or allow fewer bits."
-            )
-            raise BudgetError(msg, (low, high))
-    limits = [(costs[name], limit) for name, limit in budgets.items()]
-    chosen = _choose(losses, limits)
-    if chosen is None:
-        name, limit = next(iter(budgets.items()))
-        cheapest = _choose(costs[name], limits[1:])
-        low = _sum_at(costs[name], cheapest) if cheapest is not None else math.inf
-        _, high = cost_range(space, summary, name, hardware)
-        others = ", ".join(f"{n} <= {x:.6g}" for n, x in list(budgets.items())[1:])
-        msg = (
-            f"No policy of the space meets {name} <= {limit:.6g} together with {others}: within "
-            f"those, {name} reaches from {low:.6g} to {high:.6g}. Raise one of the budgets."
-        )
-        raise BudgetError(msg, (low, high))
+    check_budgets(space, summary, budgets, hardware)
+    limits = [(_costs(space, summary, n, hardware), limit) for n, limit in budgets.items()]
+    chosen = choose(_losses(space, table), limits)
+    assert chosen is not None, "budgets that can be met together have a best policy"
     reported = cost_name or next(iter(budgets))
     return _proposal(space, table, _costs(space, summary, reported, hardware), chosen)
 
@@ -234,88 +254,7 @@ def _proposal(
 ) -> Proposal:
     chosen = {g.name: _precisions(g)[i] for g, i in zip(space.groups, at, strict=True)}
     policy = space.policy_from(chosen)
-    return Proposal(policy, table.predict(policy), _sum_at(costs, at))
-
-
-def _sum_at(values: list[list[float]], at: Sequence[int]) -> float:
-    return math.fsum(row[i] for row, i in zip(values, at, strict=True))
-
-
-def _is_within(cost: float, limit: float) -> bool:
-    return cost <= limit + _slack(limit)
-
-
-def _slack(limit: float) -> float:
-    """A sum of floats may miss a limit that it meets in exact arithmetic."""
-    return 1e-9 * abs(limit)
-
-
-def _lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
-    """Return the indices of the lower convex hull, by rising cost and falling loss."""
-    hull: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i])):
-        if hull and losses[i] >= losses[hull[-1]]:
-            continue
-        while len(hull) > 1 and _is_above(hull[-2], hull[-1], i, costs, losses):
-            hull.pop()
-        hull.append(i)
-    return hull
-
-
-def _is_above(a: int, b: int, c: int, costs: Sequence[float], losses: Sequence[float]) -> bool:
-    """Whether point b lies on or above the line from a to c."""
-    by_b = (losses[b] - losses[a]) * (costs[c] - costs[a])
-    by_c = (losses[c] - losses[a]) * (costs[b] - costs[a])
-    return by_b >= by_c
-
-
-def _choose(
-    objective: list[list[float]], limits: Sequence[tuple[list[list[float]], float]]
-) -> list[int] | None:
-    """Return the choice of each group that minimises the objective within limits; None if none.
-
-    The solver's tolerances are absolute, so objective and limits are scaled. A solution that uses
-    a tolerance to overstep a limit is cut off by itself, and the solver asked again.
-    """
-    sizes = [len(row) for row in objective]
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    columns = np.arange(len(owner))
-    goal = _above_least(objective)
-    goal *= _GOAL_SCALE / max(goal.max(), 1e-300)
-    allowed = np.ones(len(owner))
-    one_each = csr_array((allowed.copy(), (owner, columns)))
-    constraints = [LinearConstraint(one_each, 1.0, 1.0)]
-    for rows, limit in limits:
-        extra = _above_least(rows)
-        room = limit + _slack(limit) - math.fsum(min(row) for row in rows)
-        allowed[extra > room] = 0.0
-        if room > 0.0:
-            constraints.append(LinearConstraint(extra[None, :] / room, -np.inf, 1.0))
-    while True:
-        solution = milp(
-            goal,
-            integrality=np.ones(len(goal)),
-            bounds=Bounds(0.0, allowed),
-            constraints=constraints,
-            options={"disp": False, "mip_rel_gap": 0.0},
-        )
-        if solution.x is None:
-            return None
-        chosen = [int(x.argmax()) for x in np.split(solution.x, np.cumsum(sizes)[:-1])]
-        if all(_is_within(_sum_at(rows, chosen), limit) for rows, limit in limits):
-            return chosen
-        cut = np.zeros(len(owner))
-        cut[np.cumsum([0, *sizes[:-1]]) + np.array(chosen)] = 1.0
-        constraints.append(LinearConstraint(cut[None, :], -np.inf, len(sizes) - 1.0))
-
-
-def _above_least(rows: list[list[float]]) -> Floats:
-    """Return how far each entry lies above the least of its row, all rows in a line."""
-    return np.concatenate([np.array(row, dtype=np.float64) - min(row) for row in rows])
-
-
-#: Largest coefficient of the solver's objective; its absolute gap is 1e-6.
-_GOAL_SCALE = 1e4
+    return Proposal(policy, table.predict(policy), sum_at(costs, at))
 
 
 def _layer_figure(

@@ -165,8 +165,11 @@ def reopen(folder: Path, planned: Plan | None = None) -> Session:
     """
     content = read_json(folder / "session.json", StorageError, what="session")
     if content.get("schema") != SCHEMA:
-        msg = f"{folder} was written by another version ({content.get('schema')}, not {SCHEMA})."
-        raise StorageError(f"{msg} Choose another folder with --out.")
+        msg = (
+            f"{folder} was written by another version ({content.get('schema')}, not {SCHEMA}). "
+            "Choose another folder with --out."
+        )
+        raise StorageError(msg)
     if planned is None:
         planned = plan(Job.model_validate(read_json(folder / "job.json", StorageError, what="job")))
     check_fingerprint(content["fingerprint"], planned.fingerprint, where=f"folder {folder}")

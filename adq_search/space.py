@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -20,10 +20,24 @@ from adq_search.errors import AdqSearchError, SpaceError, did_you_mean
 from adq_search.policy import MAX_BITS, MIN_BITS, LayerPrecision, Options, OptionValue, Policy
 from adq_search.quantizers import INPUT_QUANTIZERS, WEIGHT_QUANTIZERS, resolve_scheme
 from adq_search.space_file import SpaceSpec, parse_space
-from adq_search.space_rules import Group, canonical_scheme, has_codebook, resolve_groups
+from adq_search.space_rules import (
+    DEFAULT_MOMENTUM,
+    Group,
+    canonical_scheme,
+    has_codebook,
+    resolve_groups,
+)
 from adq_search.tracing import ModelSummary
 
-__all__ = ["Group", "Parameter", "SearchSpace", "SpaceSpec", "has_codebook", "parse_space"]
+__all__ = [
+    "DEFAULT_MOMENTUM",
+    "Group",
+    "Parameter",
+    "SearchSpace",
+    "SpaceSpec",
+    "has_codebook",
+    "parse_space",
+]
 
 Value = int | float | str
 Params = dict[str, int | str]
@@ -234,7 +248,7 @@ class SearchSpace:
         }
 
 
-_READ = {
+_READ: dict[str, Callable[[LayerPrecision], Any]] = {
     "weight_bits": lambda p: p.weight_bits,
     "input_bits": lambda p: p.input_bits,
     "scheme": lambda p: p.scheme,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -51,10 +51,19 @@ def first_problem(problem: ValidationError, model: type[BaseModel], *, what: str
 
 
 def _keys_at(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
-    fields = model.model_fields
+    """Return the keys that are known at a place of the content, through lists and mappings too."""
+    at: Any = model
     for part in path:
-        annotation = fields[str(part)].annotation if str(part) in fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        fields = annotation.model_fields
-    return [field.alias or name for name, field in fields.items()]
+        is_model = isinstance(at, type) and issubclass(at, BaseModel)
+        at = at.model_fields[str(part)].annotation if is_model else _values_of(at)
+        while not isinstance(at, type) and type(None) in get_args(at):
+            at = next(a for a in get_args(at) if a is not type(None))
+    if not (isinstance(at, type) and issubclass(at, BaseModel)):
+        return []
+    return [field.alias or name for name, field in at.model_fields.items()]
+
+
+def _values_of(annotation: Any) -> Any:
+    """Return the annotation of a mapping's or a list's values."""
+    arguments = get_args(annotation)
+    return arguments[-1] if arguments else annotation

@@ -15,12 +15,6 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
-
-from adq_search.errors import AdqSearchError, StorageError
 from adq_search.plugins.optuna_objective import (
     FINGERPRINT,
     PolicyObjective,
@@ -30,6 +24,12 @@ from adq_search.plugins.optuna_objective import (
     measuring,
     result_of,
 )
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from adq_search.errors import StorageError
 from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
 from adq_search.plan import Plan
 from adq_search.progress import NoProgress, Progress
@@ -163,9 +163,7 @@ def _mend_journal(file: Path) -> None:
             journal.truncate(whole)
 
 
-def _sampler(
-    options: HostOptions, session: Session, index: int, n_before: int
-) -> optuna.samplers.BaseSampler:
+def _sampler(session: Session, index: int, *, n_before: int) -> optuna.samplers.BaseSampler:
     """Return the plain baseline: multivariate TPE, each worker and each resumption its own seed."""
     seed = session.plan.job.search.seed + 1_000 * index + 1_000_000 * n_before
     return optuna.samplers.TPESampler(multivariate=True, seed=seed % 2**32)
@@ -175,15 +173,13 @@ def _work(session: Session, options: HostOptions, *, index: int, progress: Progr
     """Run trials in this process until the study has as many as the job asks for."""
     n_trials = session.plan.job.search.trials
     study = optuna.load_study(
-        study_name=options.study,
-        storage=_open_storage(session.folder, options),
-        sampler=None,
+        study_name=options.study, storage=_open_storage(session.folder, options)
     )
-    study.sampler = _sampler(options, session, index, len(study.get_trials(deepcopy=False)))
+    study.sampler = _sampler(session, index, n_before=len(study.get_trials(deepcopy=False)))
     objective = PolicyObjective(session, n_trials=n_trials)
     parent = multiprocessing.parent_process()
 
-    def stop_when_enough(study: Study, trial: FrozenTrial) -> None:
+    def stop_when_enough(study: Study, _: FrozenTrial) -> None:
         _tell(study, n_trials, progress)
         orphaned = parent is not None and not parent.is_alive()
         if orphaned or len(_claimed(study)) >= n_trials or _is_exhausted(study):
@@ -278,8 +274,11 @@ def _outcome(study: Study) -> HostOutcome:
     for trial in measuring(trials):
         result = result_of(trial)
         if result is None:
-            msg = f"Trial {trial.number} of study '{study.study_name}' has lost its result."
-            raise StorageError(f"{msg} The storage is damaged; restore it from a copy.")
+            msg = (
+                f"Trial {trial.number} of study '{study.study_name}' has lost its result. The "
+                "storage is damaged; restore it from a copy."
+            )
+            raise StorageError(msg)
         started = trial.datetime_start
         hosted.append(
             HostedTrial(

@@ -15,8 +15,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from adq_search.errors import StorageError
-from adq_search.policy import Policy
 from adq_search.plan import Plan, check_fingerprint
+from adq_search.policy import Policy
 from adq_search.session import Session
 from adq_search.space import Parameter
 from adq_search.trial import TrialResult
@@ -38,7 +38,7 @@ class Verdict(StrEnum):
 def distribution(parameter: Parameter) -> BaseDistribution:
     """Return Optuna's form of a parameter: ordinal dimensions are integers, not categories."""
     if parameter.kind == "categorical":
-        return CategoricalDistribution(parameter.choices)
+        return CategoricalDistribution(parameter.values)
     return IntDistribution(parameter.low, parameter.high, step=parameter.step)
 
 

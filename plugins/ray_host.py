@@ -20,9 +20,8 @@ from adq_search.session import Session, reopen
 
 try:
     import ray
-    from ray import tune
-
     from adq_search.plugins.ray_searcher import PolicySearcher
+    from ray import tune
 except ImportError as error:
     msg = "The host 'ray' needs Ray Tune. Install it: pip install 'adq-search[ray]'"
     raise MissingExtraError(msg) from error
@@ -95,8 +94,11 @@ class RayHost:
                 ray.shutdown()
         if results.num_errors:
             first = str(results.errors[0]).strip().splitlines()[-1]
-            msg = f"{results.num_errors} of {n_missing} Ray trials failed; the first: {first}"
-            raise StorageError(f"{msg}. Mend the cause, then give --resume.")
+            msg = (
+                f"{results.num_errors} of {n_missing} Ray trials failed; the first: {first}. Mend "
+                "the cause, then give --resume."
+            )
+            raise StorageError(msg)
         return HostOutcome(
             trials=_hosted(session),
             n_rejected=searcher.n_rejected,
@@ -104,7 +106,7 @@ class RayHost:
         )
 
 
-class _Counter(tune.Callback):  # type: ignore[misc]  # ray ships no types
+class _Counter(tune.Callback):
     """Tells how many trials are finished."""
 
     def __init__(self, progress: Progress, done: int, total: int) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from adq_search.plugins.optuna_objective import directions, distribution
 from optuna.distributions import BaseDistribution
 from optuna.trial import Trial, TrialState
 from ray.tune.search import Searcher
 
 from adq_search.errors import StorageError
 from adq_search.files import read_json, write_json
-from adq_search.plugins.optuna_objective import directions, distribution
 from adq_search.plan import Plan
 from adq_search.session import Seed
 from adq_search.trial import TrialResult
@@ -21,7 +21,7 @@ from adq_search.trial import TrialResult
 _MAX_DRAWS = 200
 
 
-class PolicySearcher(Searcher):  # type: ignore[misc]  # ray ships no types
+class PolicySearcher(Searcher):
     """A Ray Tune searcher over a plan's space, by Optuna's multivariate TPE.
 
     A draw that is over budget, or that was proposed before, never becomes a Ray trial. Diverged
@@ -39,9 +39,10 @@ class PolicySearcher(Searcher):  # type: ignore[misc]  # ray ships no types
     ) -> None:
         axes = plan.job.search.axes
         super().__init__(
-            metric=[axis.name for axis in axes],
-            mode=[axis.direction.removesuffix("imize") for axis in axes],
+            metric=[axis.name for axis in axes],  # type: ignore[arg-type]  # lists are documented
+            mode=[axis.direction.removesuffix("imize") for axis in axes],  # type: ignore[arg-type]
         )
+        self._objectives = [axis.name for axis in axes]
         self._plan = plan
         self._space: dict[str, BaseDistribution] = {
             p.name: distribution(p) for p in plan.space.parameters
@@ -59,7 +60,7 @@ class PolicySearcher(Searcher):  # type: ignore[misc]  # ray ships no types
         for proposal in seeds:
             self._study.enqueue_trial(plan.space.params_of(proposal.policy))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> Any:
         """Return the parameters of a policy not proposed before, or FINISHED when none is left."""
         for _ in range(_MAX_DRAWS):
             trial = self._study.ask(self._space)
@@ -75,7 +76,7 @@ class PolicySearcher(Searcher):  # type: ignore[misc]  # ray ships no types
             self.n_rejected += over
             self.n_repeated += not over
             self._study.tell(trial, state=TrialState.PRUNED)
-        return Searcher.FINISHED  # type: ignore[no-any-return]
+        return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Ignore what is measured on the way: the front never mixes fidelities."""
@@ -92,7 +93,7 @@ class PolicySearcher(Searcher):  # type: ignore[misc]  # ray ships no types
         elif result is None or result.get("state") != "complete":
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
-            self._study.tell(trial, [result[name] for name in self.metric])
+            self._study.tell(trial, [result[name] for name in self._objectives])
 
     def save(self, checkpoint_path: str) -> None:
         """Write what was proposed. Results lie in the session's folder, which is what resumes."""

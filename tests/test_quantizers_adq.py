@@ -1,3 +1,6 @@
+from itertools import pairwise
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +25,7 @@ class TestAdq(AdqContract):
 
 
 class TestAdqPlainQuantiles(AdqContract):
-    options = {"quantile_rule": "plain"}
+    options: ClassVar = {"quantile_rule": "plain"}
 
 
 def fitted(weight: torch.Tensor, bits: int, *, momentum: float = 0.9, **options: str) -> AdqWeight:
@@ -88,7 +91,7 @@ def test_codebook_moves_by_the_average_after_each_forward(bits, momentum):
         before = quantizer.codebook.clone()
         out = quantizer(weight)
         assert torch.isin(out, before).all()
-        expected = slow_update(expected, weight.flatten().tolist(), momentum)
+        expected = slow_update(expected, weight.flatten().tolist(), quantizer.momentum.item())
         assert quantizer.codebook.tolist() == pytest.approx(expected, rel=1e-12)
 
 
@@ -100,7 +103,7 @@ def test_momentum_zero_is_lloyds_iteration_with_falling_error(seed, bits, heavy)
         weight = weight**3
     quantizer = fitted(weight, bits, momentum=0.0).train()
     errors = [(weight - quantizer(weight)).square().sum().item() for _ in range(30)]
-    assert all(after <= before * (1 + 1e-12) for before, after in zip(errors, errors[1:]))
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(errors))
     assert (quantizer.codebook.diff() >= 0).all()
     assert quantizer.codebook[2 ** (bits - 1) - 1] == 0
 

@@ -1,4 +1,5 @@
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ class TestLsqWeightByChannel(WeightQuantizerContract):
 
 class TestLsqWeightByTensor(WeightQuantizerContract):
     quantizer_class = LsqWeight
-    options = {"granularity": "tensor"}
+    options: ClassVar = {"granularity": "tensor"}
 
     def slow_pass(self, quantizer: Quantizer, values: list[float], upstream: list[float]):
         codes = (-(2 ** (quantizer.bits - 1)), 2 ** (quantizer.bits - 1) - 1)

@@ -1,4 +1,5 @@
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ class TestPot(PowerContract):
 
 class TestPotEq17(PowerContract):
     quantizer_class = PotWeight
-    options = {"levels": "eq17"}
+    options: ClassVar = {"levels": "eq17"}
 
 
 class TestPost(PowerContract):
@@ -65,12 +66,12 @@ class TestPost(PowerContract):
 
 class TestPostEq17(PowerContract):
     quantizer_class = PostWeight
-    options = {"levels": "eq17"}
+    options: ClassVar = {"levels": "eq17"}
 
 
 class TestPostByTensor(PowerContract):
     quantizer_class = PostWeight
-    options = {"granularity": "tensor"}
+    options: ClassVar = {"granularity": "tensor"}
 
 
 def with_threshold(

@@ -185,6 +185,9 @@ def test_hutchinson_finds_the_exact_traces_within_its_error(
     activation: Callable[[], nn.Module],
 ) -> None:
     network, inputs, targets = _mlp(activation)
+    with torch.no_grad():
+        network[0].bias.add_(1.0)  # so that both layers matter
+        network[2].weight.mul_(2.0)
     estimator = HessianEstimator(min_probes=400, max_probes=400, chunk=4)
     found = estimator.curvature(network, inputs, targets, seed=0)
     for name, exact in _exact_average_traces(network, inputs, targets).items():

@@ -8,10 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision import models
 
+from adq_search import search_spaces
 from adq_search.errors import SpaceError
+from adq_search.job import load_job
 from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.space import Parameter, SearchSpace, parse_space
+from adq_search.tasks import task_names
+from adq_search.tasks.networks import resnet20, small_resnet
 from adq_search.tracing import ModelSummary, trace
 
 
@@ -483,3 +488,32 @@ def test_a_categorical_parameter_takes_only_its_choices() -> None:
     assert parameter.decode("adq") == "adq"
     with pytest.raises(SpaceError, match="one of lsq, adq"):
         parameter.decode("pot")
+
+
+_SHIPPED = {
+    "digits": (small_resnet, (1, 8, 8), 10),
+    "mnist5k": (small_resnet, (1, 28, 28), 10),
+    "cifar10_resnet20": (resnet20, (3, 32, 32), 20),
+    "imagenet_resnet18": (models.resnet18, (3, 224, 224), 21),
+    "imagenet_resnet34": (models.resnet34, (3, 224, 224), 37),
+    "imagenet_mobilenet_v2": (models.mobilenet_v2, (3, 224, 224), 53),
+}
+
+
+def test_the_shipped_spaces_are_all_there() -> None:
+    assert search_spaces.names() == sorted(_SHIPPED)
+    assert search_spaces.path("digits").is_file()
+    with pytest.raises(SpaceError, match="Did you mean 'digits'"):
+        search_spaces.path("digit")
+
+
+@pytest.mark.parametrize("name", _SHIPPED)
+def test_a_shipped_space_fits_its_network(name: str) -> None:
+    job = load_job(search_spaces.load_text(name), what=name)
+    make, shape, n_layers = _SHIPPED[name]
+    summary = trace(make(), torch.zeros(1, *shape))
+    space = SearchSpace.from_spec(job.space, summary)
+    assert len(space.groups) == n_layers
+    assert [g.name for g in space.groups if g.pinned] == [summary.names[0], summary.names[-1]]
+    assert {"uniform W2A2", "uniform W8A8"} <= set(space.uniform_policies())
+    assert job.task in task_names()

@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
-    {"errors", "files", "validation", "progress", "provenance"},
+    {"errors", "progress", "provenance"},
+    {"files", "validation"},
     {"tracing", "pareto", "policy"},
     {"quantizers"},
     {"layers", "hardware"},
     {"convert", "space_file", "space_rules", "space"},
-    {"sensitivity", "tasks"},
+    {"sensitivity", "tasks", "knapsack"},
     {"prior", "distill"},
     {"training"},
     {"trial", "teacher", "store"},

@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from adq_search.distill import Teacher
+from adq_search.errors import TaskError
 from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.store import load_quantized
 from adq_search.teacher import load_weights_, make_teacher
-from adq_search.errors import TaskError
 from adq_search.training import TrainingSettings, evaluate, fit
 from adq_search.trial import TrialResult, run_trial, weights_of
-from safetensors.torch import save_file
 from tests import tiny
 
 LAYERS = ("0", "3", "5", "8")

@@ -19,6 +19,7 @@ from adq_search.errors import PolicyError, TaskError, did_you_mean
 from adq_search.hardware import CostReport, load_hardware
 from adq_search.hardware import cost as cost_of
 from adq_search.policy import FLOAT, LayerPrecision, Policy, load_policy, parse_uniform
+from adq_search.space import DEFAULT_MOMENTUM, has_codebook
 from adq_search.tasks import import_object, load_task, task_names
 from adq_search.tracing import trace
 
@@ -60,8 +61,9 @@ def _policy(file: Path | None, uniform: str | None, scheme: str, names: tuple[st
     if uniform == "float":
         return Policy.uniform(names, FLOAT)
     weight_bits, input_bits = parse_uniform(uniform or "")
-    ends = LayerPrecision(8, 8, "lsq")
-    return Policy.uniform(names, LayerPrecision(weight_bits, input_bits, scheme), ends=ends)
+    momentum = DEFAULT_MOMENTUM if has_codebook(scheme) else None  # costs nothing, must be said
+    inner = LayerPrecision(weight_bits, input_bits, scheme, momentum)
+    return Policy.uniform(names, inner, ends=LayerPrecision(8, 8, "lsq"))
 
 
 def _network(reference: str, shape: str | None) -> tuple[nn.Module, torch.Tensor]:
@@ -81,7 +83,8 @@ def _network(reference: str, shape: str | None) -> tuple[nn.Module, torch.Tensor
         return models.get_model(name, weights=None), example
     if not name:
         msg = f"There is no model '{reference}'. {did_you_mean(reference, task_names())}"
-        raise TaskError(f"{msg} Others are given as torchvision:NAME or package.module:factory.")
+        msg += " Others are given as torchvision:NAME or package.module:factory."
+        raise TaskError(msg)
     network = import_object(reference, TaskError, what="model")()
     if not isinstance(network, nn.Module):
         msg = f"'{reference}' must return a torch.nn.Module, but returned {type(network).__name__}."

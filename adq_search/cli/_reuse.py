@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -27,11 +27,13 @@ from adq_search.policy import load_policy, save_policy
 from adq_search.prior import allocate as allocate_bits
 from adq_search.provenance import provenance
 from adq_search.session import measure_sensitivity
+from adq_search.space import has_codebook
 from adq_search.tasks import Task, load_task
 from adq_search.teacher import make_teacher
 from adq_search.tracing import trace
 from adq_search.training import EpochProgress, evaluate
 from adq_search.trial import run_trial, weights_of
+from adq_search.validation import validated
 
 _TaskOption = Annotated[str, typer.Option(help="A task's name, or package.module:factory.")]
 _TeacherOption = Annotated[
@@ -61,13 +63,14 @@ def allocate(
     console = Console()
     torch.set_num_threads(1)
     rule = {"weight_bits": _bits(bits), "input_bits": [input_bits], "schemes": [scheme]}
-    job = Job.model_validate(
-        {
-            "task": task,
-            "space": {"default": {**rule, "ema_momenta": [momentum]}},
-            "search": {"prior": estimator, "seed": seed},
-        }
-    )
+    if has_codebook(scheme):
+        rule["ema_momenta"] = [momentum]
+    content = {
+        "task": task,
+        "space": {"default": rule},
+        "search": {"prior": estimator, "seed": seed},
+    }
+    job = validated(Job, content, SpaceError, what="the allocation")
     planned = plan(job)
     with ShownProgress(console) as progress:
         network = _teacher(_with_teacher(planned.task, teacher), seed, progress)
@@ -148,7 +151,7 @@ def train(
     test = evaluate(trained, found.test, expert)
     state = weights_of(trained)
     write_atomic(out / "weights.safetensors", lambda path: save_file(state, path))
-    measured = {
+    measured: dict[str, Any] = {
         "state": result.state,
         "reason": result.reason,
         "accuracy": result.accuracy,
@@ -175,10 +178,11 @@ def train(
             "provenance": made,
         },
     )
+    full_precision = _percent(measured["full_precision_test_accuracy"])
     console.print(
         f"{result.state}: validation accuracy {_percent(result.accuracy)}, test accuracy "
-        f"{_percent(test.accuracy)} (full precision {_percent(measured['full_precision_test_accuracy'])})"
-        f", {result.epochs} epochs\nweights: {out / 'weights.safetensors'}",
+        f"{_percent(test.accuracy)} (full precision {full_precision}), {result.epochs} epochs\n"
+        f"weights: {out / 'weights.safetensors'}",
         highlight=False,
         soft_wrap=True,
     )

@@ -45,7 +45,7 @@ class ClippedPowerWeight(WeightQuantizer):
 
     signs: Tensor
     exponents: Tensor
-    gradient_scale: Tensor
+    group_size: Tensor
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class ClippedPowerWeight(WeightQuantizer):
         # Small integers rather than levels: exact in every dtype the module is moved to.
         self.register_buffer("signs", torch.cat([-one, zero, one]))
         self.register_buffer("exponents", torch.cat([fall, zero, fall.flip(0)]))
-        self.register_buffer("gradient_scale", torch.tensor(max(1, self._n_group()) ** -0.5))
+        self.register_buffer("group_size", torch.tensor(float(self._n_group())))
         self.threshold = nn.Parameter(torch.ones(self._group_shape()))
 
     @classmethod
@@ -84,13 +84,13 @@ class ClippedPowerWeight(WeightQuantizer):
         self.threshold.copy_(torch.where(alive, thresholds, spare).view(self.threshold.shape))
 
     def _quantize(self, values: Tensor) -> Tensor:
-        threshold = positive_step(self.threshold, self.gradient_scale)
+        threshold = positive_step(self.threshold, torch.rsqrt(self.group_size))
         dtype = computing_dtype(values, threshold)
         return clipped_through(values, threshold, self._unit_levels(dtype))
 
     def _codes(self, values: Tensor) -> Tensor:
         scaled = self._scaled(values)
-        return nearest_index(scaled, self._unit_levels(scaled.dtype))
+        return nearest_index(scaled, self._unit_levels(scaled.dtype)).long()
 
     def _levels(self) -> Tensor:
         levels = self._positive().reshape(-1, 1) * self._unit_levels(self.threshold.dtype)

@@ -14,7 +14,7 @@ def nearest_index(values: Tensor, levels: Tensor) -> Tensor:
         levels: Sorted, in the dtype of `values`, # shape: (levels,)
 
     Returns:
-        int64 indices, same shape.
+        int32 indices, same shape.
     """
     return count_below(values, (levels[1:] + levels[:-1]) / 2)
 
@@ -38,7 +38,7 @@ def count_below(values: Tensor, thresholds: Tensor) -> Tensor:
     """Count thresholds below each value; NaN counts one more than there are, so it stays known."""
     packed, back = dense(values)
     thresholds = torch.cat([thresholds, thresholds.new_full((1,), torch.inf)])
-    return torch.bucketize(packed, thresholds.to(packed.dtype)).permute(back)
+    return torch.bucketize(packed, thresholds.to(packed.dtype), out_int32=True).permute(back)
 
 
 def dense(tensor: Tensor) -> tuple[Tensor, list[int]]:

@@ -34,6 +34,9 @@ class Registry(Generic[Kind]):
         Raises:
             QuantizerError: Another class has the name, or the name holds a `+`.
         """
+        if "+" in name or not name:
+            msg = f"A {self._what} cannot be named {name!r}: `+` parts a scheme. Rename it."
+            raise QuantizerError(msg)
 
         def file(kind: type[Kind]) -> type[Kind]:
             held = self._classes.get(name)
@@ -42,9 +45,6 @@ class Registry(Generic[Kind]):
                     f"Two {self._what}s are named '{name}': {held.__module__}.{held.__qualname__} "
                     f"and {kind.__module__}.{kind.__qualname__}. Rename one."
                 )
-                raise QuantizerError(msg)
-            if "+" in name or not name:
-                msg = f"A {self._what} cannot be named {name!r}: `+` parts a scheme. Rename it."
                 raise QuantizerError(msg)
             self._classes[name] = kind
             return kind

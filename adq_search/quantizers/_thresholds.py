@@ -5,6 +5,7 @@ Notation:
     s, a_i  start and widths of the M intervals; S_0 = s, S_i = S_(i-1) + a_i their knots
     T_i     thresholds S_(i-1) + a_i / 2
     D       output step 2 / M; output \\beta_2 D (i + n) for i thresholds below x'
+    R       gradient of the loss at the output
     g       the surrogate whose gradient is used: slope D / a_i in interval i, flat outside
 
 References:
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from adq_search.quantizers._calibration import computing_dtype
 from adq_search.quantizers._nearest import count_below, dense, inverse, look_up
@@ -45,7 +47,7 @@ def thresholds_through(
 
 
 def threshold_index(values: Tensor, start: Tensor, widths: Tensor, in_scale: Tensor) -> Tensor:
-    """Return how many thresholds lie below each scaled value; int64, same shape."""
+    """Return how many thresholds lie below each scaled value; int32, same shape."""
     scaled = values.to(computing_dtype(values, widths)) * in_scale
     thresholds = _knots(start, widths)[:-1] + widths / 2
     return count_below(scaled, thresholds)
@@ -64,35 +66,39 @@ class _Thresholds(Function):
         return look_up(equidistant_levels(a, beta_2, n), index).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, s, a, beta_1, beta_2, n, index = ctx.saved_tensors
-        d = 2 / a.numel()
+        m, d = a.numel(), 2 / a.numel()
         index, back = dense(index)
         order = inverse(back)
         x_wide = _matrix(x.permute(order).contiguous().to(computing_dtype(x, a)))
         r = _matrix(gradients[0].permute(order).contiguous().to(x_wide.dtype))
-        code = _matrix(index.long())
+        # S_i lies between T_i and T_(i+1): half 2i is the upper half of interval i, half 2i + 1
+        # the lower half of interval i + 1. One more pair is for NaN.
+        half = _matrix(index.long())
+        knots = _knots(s, a).to(x_wide.dtype)
+        from_knot = (x_wide * beta_1).sub_(_take(_pad(knots), half))
+        half.mul_(2).add_(torch.gt(from_knot, 0, out=torch.empty_like(half)))
 
-        knots = _knots(s, a)
-        scaled = x_wide * beta_1
-        # S_i lies between T_i and T_(i+1), so code i is interval i or i + 1; 0 and M + 1 are out.
-        interval = code + (scaled > _take(knots, code))
-        zero = a.new_zeros(1)
-        slope = torch.cat([zero, d / a, zero])
-        left = torch.cat([zero, knots[:-1], zero])
+        slope = beta_2 * d / a
+        half_slope = torch.cat([a.new_zeros(1), slope.repeat_interleave(2), a.new_zeros(3)])
+        grad_x = _take((half_slope * beta_1).to(r.dtype), half).mul_(r)
 
-        grad_g = r * beta_2
-        grad_scaled = grad_g * _take(slope, interval)
-        grad_sum = _sum_by(interval, grad_g, a.numel() + 2)[1:-1]
-        moment = _sum_by(interval, grad_g * (scaled - _take(left, interval)), a.numel() + 2)[1:-1]
+        r_sum = _sum_by(half, r, 2 * m + 4).view(-1, 2)[:-1]
+        moment = _sum_by(half, from_knot.mul_(r), 2 * m + 4).view(-1, 2)[:-1]
+        # Sums over whole intervals 1..M of R, and of R times the distance from the left end.
+        r_interval = r_sum[:-1, 1] + r_sum[1:, 0]
+        r_distance = moment[:-1, 1] + moment[1:, 0] + a * r_sum[1:, 0]
         # Every interval pushes those after it: dg/ds = -D/a_i, and the same for a_j with j < i.
-        push = d * grad_sum / a
+        push = slope * r_interval
         grad_s = -push.sum()
-        grad_a = push.cumsum(0) + grad_s - d * moment / a.square()
-        grad_beta_1 = (grad_scaled * x_wide).sum()
-        grad_beta_2 = d * (r * (code + n)).sum()
-        grad_x = (grad_scaled * beta_1).to(x.dtype).view(index.shape).permute(back)
+        grad_a = push.cumsum(0) + grad_s - slope * r_distance / a
+        grad_beta_1 = (slope * (r_distance + knots[:-1] * r_interval)).sum() / beta_1
+        codes = torch.arange(m + 1, dtype=r.dtype, device=r.device) + n
+        grad_beta_2 = d * (codes * r_sum.sum(1)).sum()
         trained = (grad_s, grad_a, grad_beta_1, grad_beta_2)
+        grad_x = grad_x.to(x.dtype).view(index.shape).permute(back)
         return grad_x, *(gradient.to(a.dtype) for gradient in trained), None
 
 
@@ -105,6 +111,10 @@ def equidistant_levels(a: Tensor, beta_2: Tensor, n: Tensor) -> Tensor:
 def _knots(s: Tensor, a: Tensor) -> Tensor:
     """S_0 = s, S_i = s + a_1 + ... + a_i, # shape: (M + 1,)."""
     return s + torch.cat([a.new_zeros(1), a.cumsum(0)])
+
+
+def _pad(table: Tensor) -> Tensor:
+    return torch.cat([table, table.new_zeros(1)])
 
 
 def _take(table: Tensor, indices: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from adq_search.quantizers._calibration import EPS, computing_dtype
 from adq_search.quantizers._nearest import look_up, nearest_index
@@ -67,7 +68,7 @@ def uniform_through(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) ->
 def uniform_integers(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
     """Return clip(round(values / step), qmin, qmax) in floating point, same shape."""
     scaled = values.to(computing_dtype(values, step)) / step
-    return _clip_round_(scaled, qmin, qmax)
+    return _clip_(scaled, qmin, qmax).round_()
 
 
 def clipped_through(values: Tensor, threshold: Tensor, unit_levels: Tensor) -> Tensor:
@@ -96,6 +97,7 @@ class _PositiveStep(Function):
         return raw.abs().clamp(min=EPS)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         raw, gradient_scale = ctx.saved_tensors
         return torch.where(raw < 0, -gradients[0], gradients[0]) * gradient_scale, None
@@ -110,15 +112,19 @@ class _Uniform(Function):
         return uniform_integers(v, s, n, p).mul_(s).to(v.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v, s, n, p = ctx.saved_tensors
         r = gradients[0].to(computing_dtype(v, s))
-        z = v.to(r.dtype) / s
-        outside = (z <= n) | (z >= p)
-        grad_v = r.masked_fill(outside, 0)
+        z = _clip_(v.to(r.dtype) / s, n, p)
+        # Comparisons into floating point are vectorized; boolean masks cost ten times as much.
+        inside, below = torch.empty_like(z), torch.empty_like(z)
+        torch.gt(z, n, out=inside)
+        inside.mul_(torch.lt(z, p, out=below))
+        grad_v = torch.mul(r, inside, out=below)
         # d v_hat / d s: round(z) - z inside, n below, p above.
-        slope = _clip_round_(z.clone(), n, p).sub_(z.masked_fill_(outside, 0))
-        grad_s = slope.mul_(r).sum_to_size(s.shape)
+        inside.mul_(z)
+        grad_s = z.round_().sub_(inside).mul_(r).sum_to_size(s.shape)
         return grad_v.to(v.dtype), grad_s.to(s.dtype), None, None
 
 
@@ -133,6 +139,7 @@ class _Clipped(Function):
         return look_up(unit_levels, nearest_index(z, unit_levels)).mul(alpha).to(v.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v, alpha, unit_levels = ctx.saved_tensors
         r = gradients[0].to(computing_dtype(v, alpha))
@@ -152,12 +159,12 @@ class _Identity(Function):
         return quantized.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
         return gradients[0], None
 
 
-def _clip_round_(scaled: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
-    """Clip and round in place; `clamp` with tensor bounds is three times as slow on CPU."""
+def _clip_(scaled: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    """Clip in place; `clamp` with tensor bounds is three times as slow on CPU."""
     torch.maximum(scaled, qmin, out=scaled)
-    torch.minimum(scaled, qmax, out=scaled)
-    return scaled.round_()
+    return torch.minimum(scaled, qmax, out=scaled)

@@ -58,7 +58,8 @@ class AdqWeight(WeightQuantizer):
     ) -> None:
         super().__init__(bits, weight_shape, ema_momentum=ema_momentum, **options)
         self._n_side = self.n_levels(bits, **options) // 2
-        self.register_buffer("codebook", torch.linspace(-1, 1, 2 * self._n_side + 1))
+        evenly = torch.arange(-self._n_side, self._n_side + 1) / self._n_side
+        self.register_buffer("codebook", evenly)
         self.register_buffer("momentum", torch.tensor(float(ema_momentum or 0.0)))
 
     @classmethod
@@ -101,7 +102,7 @@ class AdqWeight(WeightQuantizer):
 
         Levels cannot change order: a mean lies within its level's interval.
         """
-        flat, errors = index.flatten(), errors.flatten()
+        flat, errors = index.flatten().long(), errors.flatten()
         # One place more than levels: NaN weights stay out of the codebook.
         sums = errors.new_zeros(self.codebook.numel() + 1)
         counts = torch.zeros_like(sums).scatter_add_(0, flat, torch.ones_like(errors))[:-1]
@@ -111,7 +112,7 @@ class AdqWeight(WeightQuantizer):
 
     def _codes(self, values: Tensor) -> Tensor:
         weights = values.to(computing_dtype(values, self.codebook))
-        return nearest_index(weights, self.codebook.to(weights.dtype))
+        return nearest_index(weights, self.codebook.to(weights.dtype)).long()
 
     def _levels(self) -> Tensor:
         return self.codebook.clone()

@@ -85,7 +85,7 @@ class N2uqInput(InputQuantizer):
     def _codes(self, values: Tensor) -> Tensor:
         in_scale = self.in_scale.abs().clamp(min=EPS)
         index = threshold_index(values, self.start, self.widths.clamp(min=MIN_WIDTH), in_scale)
-        return index + self.qmin.long()
+        return index.long() + self.qmin.long()
 
     def _levels(self) -> Tensor:
         return equidistant_levels(self.widths, self.out_scale.abs().clamp(min=EPS), self.qmin)

@@ -127,17 +127,19 @@ def make_quantizers(
         options_of: Options of a quantizer by its name, such as `Policy.options_of`.
 
     Raises:
-        PolicyError: The scheme is unknown, or `float`.
+        PolicyError: The scheme is unknown or `float`, or the layer is of another kind.
         QuantizerError: An option is unknown.
     """
     scheme = resolve_scheme(precision.scheme)
     weight_class, input_class = WEIGHT_QUANTIZERS[scheme.weight], INPUT_QUANTIZERS[scheme.input]
-    weight = layer.weight
-    is_linear = isinstance(layer, nn.Linear)
-    n_channels = layer.in_features if is_linear else layer.in_channels
-    if not isinstance(weight, torch.Tensor) or not isinstance(n_channels, int):
-        msg = f"A {type(layer).__name__} has no weights to quantize. Leave it to 'float'."
+    if isinstance(layer, nn.Linear):
+        n_channels = layer.in_features
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d):
+        n_channels = layer.in_channels
+    else:
+        msg = f"A {type(layer).__name__} cannot be quantized. Leave it out of the policy."
         raise PolicyError(msg)
+    weight = layer.weight
     bits = (precision.weight_bits or 0, precision.input_bits or 0)
     weight_quantizer = weight_class(
         bits[0],
@@ -148,7 +150,7 @@ def make_quantizers(
     input_quantizer = input_class(
         bits[1],
         n_channels=n_channels,
-        channel_dim=-1 if is_linear else 1 - weight.ndim,
+        channel_dim=1 - weight.ndim,
         **_own_options(input_class, options_of(scheme.input)),
     )
     # Steps of half-precision networks stay in float32.

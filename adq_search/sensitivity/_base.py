@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,12 @@ def watched(model: nn.Module) -> Iterator[dict[str, Calls]]:
         for module, mode in modes.items():
             module.training = mode
         for parameter in frozen:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return the weight of a parametric layer."""
+    return cast("Tensor", layer.weight)
 
 
 def checked_logits(output: Any, n: int, calls: Mapping[str, Calls]) -> Tensor:

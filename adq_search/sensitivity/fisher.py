@@ -30,6 +30,7 @@ from adq_search.sensitivity._base import (
     checked_logits,
     n_to_keep,
     watched,
+    weight_of,
 )
 from adq_search.sensitivity._registry import register_estimator
 from adq_search.tracing import parametric_layers
@@ -68,10 +69,10 @@ class FisherEstimator:
     ) -> Curvature:
         """Return F for weights and the squared per-example gradient for inputs."""
         layers = parametric_layers(model)
-        largest = max(layer.weight.numel() for layer in layers.values())
+        largest = max(weight_of(layer).numel() for layer in layers.values())
         chunk = self.chunk or max(1, min(64, _CHUNK_ELEMENTS // largest))
         generator = torch.Generator(device=inputs.device).manual_seed(seed)
-        squares = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+        squares = {name: torch.zeros_like(weight_of(layer)) for name, layer in layers.items()}
         values: dict[str, list[Tensor]] = {}
         gradients: dict[str, list[Tensor]] = {}
         n, kept, keep = len(inputs), 0, len(inputs)
@@ -154,8 +155,8 @@ def _squared_weight_gradients(
                 for x in tensors[:half]
             )
 
-        _, pull_back = vjp(outputs, layer.weight.detach())
-        (gradient,) = pull_back(tensors[half:])
+        _, pull_back, *_ = vjp(outputs, weight_of(layer).detach())
+        gradient: Tensor = pull_back(tensors[half:])[0]
         return gradient
 
     per_example: Tensor = vmap(weight_gradient)(*seen, *by_output)  # shape: (n, *weight.shape)

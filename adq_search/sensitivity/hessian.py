@@ -32,6 +32,7 @@ from adq_search.sensitivity._base import (
     n_to_keep,
     summed_loss,
     watched,
+    weight_of,
 )
 from adq_search.sensitivity._registry import register_estimator
 from adq_search.tracing import parametric_layers
@@ -98,7 +99,7 @@ class HessianEstimator:
     ) -> dict[str, tuple[float, float]]:
         """Return z^T H z of one probe: per weight of the mean loss, and per input element."""
         layers = parametric_layers(model)
-        signs = {name: _rademacher(layer.weight, generator) for name, layer in layers.items()}
+        signs = {name: _rademacher(weight_of(layer), generator) for name, layer in layers.items()}
         by_weight = dict.fromkeys(layers, 0.0)
         by_input = dict.fromkeys(layers, 0.0)
         elements = dict.fromkeys(layers, 0)
@@ -114,7 +115,7 @@ class HessianEstimator:
                 elements[name] += sum(x.numel() for x in calls[name].inputs)
         return {
             name: (
-                by_weight[name] / (len(inputs) * layers[name].weight.numel()),
+                by_weight[name] / (len(inputs) * weight_of(layers[name]).numel()),
                 by_input[name] / elements[name],
             )
             for name in layers
@@ -130,7 +131,7 @@ def _products(
     generator: torch.Generator,
 ) -> dict[str, tuple[float, float]]:
     """Return z_l^T (H z)_l of each layer's weights, and of its inputs, by double backward."""
-    weights = [layers[name].weight for name in calls]
+    weights = [weight_of(layers[name]) for name in calls]
     inputs = [x for c in calls.values() for x in c.inputs]
     gradients = torch.autograd.grad(
         loss, [*weights, *inputs], create_graph=True, materialize_grads=True

@@ -18,6 +18,7 @@ from adq_search.sensitivity._base import (
     LayerCurvature,
     OnProgress,
     SensitivityEstimator,
+    weight_of,
 )
 from adq_search.sensitivity._registry import make_estimator
 from adq_search.space import SearchSpace
@@ -108,7 +109,7 @@ def sensitivity_table(
     """
     layers = parametric_layers(model)
     for name in space.names:
-        if not torch.isfinite(layers[name].weight).all():
+        if not torch.isfinite(weight_of(layers[name])).all():
             msg = f"The weights of {name} are not all finite numbers. Train the network again."
             raise SensitivityError(msg)
     choices = {n: p for group in space.groups for n in group.layers for p in [group.choices]}
@@ -163,7 +164,7 @@ def _layer_scores(
         msg = f"No curvature was measured for {name}. Measure the whole network again."
         raise SensitivityError(msg)
     around = curvature.layers[name]
-    weight = layer.weight.detach()
+    weight = weight_of(layer).detach()
     weights: dict[Key, float] = {}
     by_input: dict[Key, float] = {}
     for precision in precisions:
@@ -187,7 +188,8 @@ def _layer_scores(
 def _squared_error(quantizer: Quantizer, values: Tensor) -> Tensor:
     quantizer.initialize_(values)
     quantizer.eval()
-    return (quantizer(values) - values).square()
+    error: Tensor = quantizer(values) - values
+    return error.square()
 
 
 def _weighted(curvature: Tensor, squared_error: Tensor) -> float:

@@ -74,8 +74,10 @@ class TensorPart:
         return len(self.inputs)
 
     def batches(self, batch_size: int, *, seed: int | None = None) -> Iterator[Batch]:
-        """Yield every sample once. A last batch of a single sample joins its predecessor when
-        shuffled, since batch norm cannot train on it.
+        """Yield every sample once.
+
+        When shuffled, a last batch of a single sample joins its predecessor: batch norm cannot
+        train on it.
         """
         order = _order(len(self), seed)
         for indices in _chunks(order, batch_size, merge_single=seed is not None):
@@ -150,7 +152,8 @@ def as_part(source: PartLike) -> Part:
     if isinstance(source, TensorPart | DatasetPart):
         return source
     if isinstance(source, TensorDataset):
-        return TensorPart(*source.tensors)
+        inputs, targets = source.tensors
+        return TensorPart(inputs, targets)
     if isinstance(source, tuple) and len(source) == 2:
         return TensorPart(*source)
     if isinstance(source, Dataset) and hasattr(source, "__len__"):

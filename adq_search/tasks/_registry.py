@@ -68,7 +68,8 @@ def _find_factory(reference: str) -> TaskFactory:
     for entry in entry_points(group=ENTRY_POINT_GROUP, name=reference):
         return entry.load()  # type: ignore[no-any-return]
     msg = f"There is no task '{reference}'. {did_you_mean(reference, task_names())}"
-    raise TaskError(f"{msg} Your own is given as 'package.module:factory'.")
+    msg += " Your own is given as 'package.module:factory'."
+    raise TaskError(msg)
 
 
 def import_object(reference: str, error: type[Exception], *, what: str) -> Any:

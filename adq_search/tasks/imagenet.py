@@ -44,11 +44,11 @@ def imagenet(
         msg = f"torchvision has no classifier '{network}'. {hint}"
         raise TaskError(msg)
     folder = Path(root)
-    for part in ("train", "val"):
-        if not (folder / part).is_dir():
+    for name in ("train", "val"):
+        if not (folder / name).is_dir():
             msg = (
-                f"ImageNet's '{part}' folder is not at {(folder / part).resolve()}. Give the folder "
-                "that holds train/ and val/ as task option 'root'."
+                f"ImageNet's '{name}' folder is not at {(folder / name).resolve()}. Give the "
+                "folder that holds train/ and val/ as task option 'root'."
             )
             raise TaskError(msg)
     training_view = ImageFolder(str(folder / "train"), _training_transform())

