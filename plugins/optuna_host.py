@@ -25,7 +25,7 @@ from adq_search.plugins.optuna_objective import (
     result_of,
 )
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -36,6 +36,9 @@ from adq_search.progress import NoProgress, Progress
 from adq_search.session import Session, reopen
 
 _POLL_S = 0.5
+#: A writer killed while it held the journal's lock keeps others out this long; appending takes
+#: milliseconds.
+_LOCK_GRACE_S = 10
 #: Draws in a row that measured nothing new, after which the space counts as exhausted.
 _MAX_IDLE_DRAWS = 300
 
@@ -135,15 +138,20 @@ def _enqueue(study: Study, parameters: dict[str, Any], policy_hash: str) -> None
 def _open_storage(folder: Path, options: HostOptions) -> BaseStorage:
     if options.storage is None:
         folder.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(_journal_file(folder))))
+        return _open_journal(_journal_file(folder))
     try:
         if "://" not in options.storage:
-            return JournalStorage(JournalFileBackend(options.storage))
+            return _open_journal(Path(options.storage))
         return RDBStorage(options.storage)
     except Exception as error:
         detail = " ".join(str(error).split())[:300]
         msg = f"The storage '{options.storage}' cannot be opened: {detail}. Check the URL."
         raise StorageError(msg) from error
+
+
+def _open_journal(file: Path) -> BaseStorage:
+    lock = JournalFileSymlinkLock(str(file), grace_period=_LOCK_GRACE_S)
+    return JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
 
 
 def _journal_file(folder: Path) -> Path:

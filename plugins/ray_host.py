@@ -73,7 +73,9 @@ class RayHost:
             results = tune.Tuner(
                 tune.with_resources(
                     tune.with_parameters(
-                        _train, folder=str(session.folder), n_threads=torch.get_num_threads()
+                        _train,
+                        folder=str(session.folder.resolve()),
+                        n_threads=torch.get_num_threads(),
                     ),
                     {"cpu": 1},
                 ),
@@ -138,11 +140,9 @@ def _train(config: dict[str, Any], *, folder: str, n_threads: int) -> None:
     policy = session.plan.space.policy_of(config)
     result = session.measure(policy)
     file = session.folder / _TRIALS / f"{policy.hash}.json"
-    number = int(tune.get_context().get_trial_id().rsplit("_", 1)[-1])
     write_json(
         file,
         {
-            "number": number,
             "parameters": dict(config),
             "origin": session.origin_of(policy),
             "worker": tune.get_context().get_trial_id(),
@@ -154,15 +154,14 @@ def _train(config: dict[str, Any], *, folder: str, n_threads: int) -> None:
 
 
 def _hosted(session: Session) -> tuple[HostedTrial, ...]:
-    """Return every trial whose record and result are both in the folder."""
+    """Return every trial whose record and result are in the folder, numbered as they started."""
     found = []
     for file in sorted((session.folder / _TRIALS).glob("*.json")):
         record = read_json(file, StorageError, what="Ray trial")
         result = session.result_of_hash(file.stem)
         if result is not None:
-            found.append(HostedTrial(result=result, **record))
-    found.sort(key=lambda trial: (trial.started_at, trial.number))
+            found.append((record, result))
+    found.sort(key=lambda pair: (pair[0]["started_at"], pair[1].policy.hash))
     return tuple(
-        HostedTrial(i, t.parameters, t.result, t.origin, t.worker, t.started_at)
-        for i, t in enumerate(found)
+        HostedTrial(number=i, result=result, **record) for i, (record, result) in enumerate(found)
     )

@@ -320,7 +320,8 @@ def test_calls_after_the_first_read_and_write_again():
 @pytest.mark.parametrize(
     ("weight_bits", "scheme", "fan_in", "is_extrapolated"),
     [
-        pytest.param(2, "lsq", 576, False, id="uniform 2"),
+        pytest.param(2, "lsq", 576, True, id="uniform 2"),
+        pytest.param(3, "lsq", 576, False, id="uniform 3"),
         pytest.param(2, "post", 576, True, id="post 2"),
         pytest.param(3, "post", 576, False, id="post 3"),
         pytest.param(5, "pot", 576, False, id="pot 5"),

@@ -61,7 +61,7 @@ def own_imports(tree):
 
 
 @pytest.mark.parametrize(
-    ("file", "room"), source_files(), ids=lambda v: v.name if isinstance(v, Path) else v
+    ("file", "room"), list(source_files()), ids=lambda v: v.name if isinstance(v, Path) else v
 )
 def test_imports_point_down(file, room):
     if room == "__init__":

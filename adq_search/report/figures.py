@@ -73,7 +73,7 @@ def front_figure(report: FrontReport, records: Sequence[TrialRecord]) -> go.Figu
     )
     _shade_budget(figure, report, unit)
     _style(figure, axis_title(axis, unit), title_of(quality), height=520)
-    figure.update_xaxes(type="log", minorloglabels="complete")
+    figure.update_xaxes(type="log", dtick="D2", minorloglabels="complete")
     figure.update_yaxes(
         tickformat=".1%" if quality == "accuracy" else None, range=_quality_range(report)
     )
@@ -230,15 +230,18 @@ def _shade_budget(figure: go.Figure, report: FrontReport, unit: Unit) -> None:
         return
     limit = report.budgets[axis] / unit.factor
     dearest = max(report.full_precision.cost[axis] / unit.factor, limit) * 2.0
-    figure.add_vrect(
+    text = {"text": "over budget", "textposition": "top left", "font": {"color": "#8a5a00"}}
+    figure.add_shape(
+        type="rect",
         x0=limit,
         x1=dearest,
-        fillcolor=YELLOW,
-        opacity=0.12,
-        line_width=0,
+        y0=0,
+        y1=1,
+        yref="y domain",
+        fillcolor="rgba(230, 159, 0, 0.12)",
+        line={"width": 0},
         layer="below",
-        annotation={"text": "over budget", "font": {"color": "#8a5a00"}},
-        annotation_position="top left",
+        label=text,
     )
 
 
@@ -254,9 +257,9 @@ def _scale_buttons() -> dict[str, Any]:
             {
                 "label": f"{kind} cost axis",
                 "method": "relayout",
-                "args": [{"xaxis.type": kind, "xaxis.autorange": True}],
+                "args": [{"xaxis.type": kind, "xaxis.dtick": tick, "xaxis.autorange": True}],
             }
-            for kind in ("log", "linear")
+            for kind, tick in (("log", "D2"), ("linear", None))
         ],
     }
 

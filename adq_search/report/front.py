@@ -129,8 +129,11 @@ class FrontReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `front.json`."""
-        objectives = [objective._asdict() for objective in self.objectives]
-        return {"schema": SCHEMA, **asdict(self), "objectives": objectives}
+        content = {"schema": SCHEMA, **asdict(self)}
+        content["objectives"] = [objective._asdict() for objective in self.objectives]
+        for rows in ("points", "baselines", "closest"):
+            content[rows] = list(content[rows])
+        return content
 
     @classmethod
     def from_json(cls, content: Any) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adq_search.report.front import FrontPoint, FrontReport
+from adq_search.report.records import excess_of
 from adq_search.report.tables import front_title
 from adq_search.report.units import amount, title_of
 
@@ -64,6 +65,8 @@ def _best(report: FrontReport) -> str:
 def _against(report: FrontReport, baseline: FrontPoint) -> str:
     axis, quality = report.axes
     what = f"Uniform {baseline.label} ({amount(quality, baseline.value(quality))})"
+    if excess_of(baseline.cost, report.budgets, who=what) > 0.0:
+        return f"{what} is over budget."
     matching = [p for p in report.points if is_as_good(report, p, baseline)]
     cheaper = [p for p in matching if p.cost[axis] <= baseline.cost[axis]]
     if not cheaper:

@@ -13,7 +13,7 @@ from rich.table import Table
 from adq_search.files import write_atomic
 from adq_search.report.front import FrontPoint, FrontReport
 from adq_search.report.records import TrialRecord
-from adq_search.report.units import amount, short_title_of
+from adq_search.report.units import amount, short_title_of, title_of
 
 _TRIAL_COLUMNS = (
     "number",
@@ -64,13 +64,15 @@ def write_trials_csv(records: Sequence[TrialRecord], path: Path) -> None:
 
 
 def front_table(report: FrontReport) -> Table:
-    """Return the front as a table for the terminal, the baselines below a rule."""
+    """Return the front as a table for the terminal, the baselines below a rule.
+
+    Fits into 80 columns for one cost objective.
+    """
     axis, quality = report.axes
     figures = list(dict.fromkeys([axis, "weight_bytes", "average_bits_weighted"]))
     shown = [name for name in figures if name in report.full_precision.cost]
     measured = list(dict.fromkeys(["accuracy", "test_accuracy", quality]))
-    table = Table(title=front_title(report), title_justify="left", box=HORIZONTALS, padding=(0, 1))
-    table.add_column("#", justify="right")
+    table = Table(title=front_title(report), title_justify="left", box=HORIZONTALS, padding=0)
     table.add_column("policy", no_wrap=True, min_width=16)
     for name in [*measured, *shown]:
         table.add_column(short_title_of(name), justify="right", no_wrap=True)
@@ -79,7 +81,6 @@ def front_table(report: FrontReport) -> Table:
 
     def add(point: FrontPoint) -> None:
         table.add_row(
-            "" if point.trial is None else f"{point.trial}",
             point.policy_hash or "–",
             *(amount(name, getattr(point, name)) for name in measured),
             *(amount(name, point.cost[name]) for name in shown),
@@ -100,6 +101,6 @@ def front_title(report: FrontReport) -> str:
     if report.points:
         return f"{report.study}: {len(report.points)} policies on the front"
     if report.closest:
-        limits = ", ".join(f"{k} <= {amount(k, v)}" for k, v in report.budgets.items())
+        limits = ", ".join(f"{title_of(k)} <= {amount(k, v)}" for k, v in report.budgets.items())
         return f"{report.study}: no trial meets {limits}; these come nearest"
     return f"{report.study}: no trial completed"

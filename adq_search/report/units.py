@@ -76,12 +76,12 @@ def amount(name: str, value: float | None) -> str:
 
     Example:
         >>> amount("weight_bytes", 20480.0), amount("accuracy", 0.97222), amount("kl", None)
-        ('20.0 KiB', '97.22 %', '–')
+        ('20.0 KiB', '97.22%', '–')
     """
     if value is None:
         return "–"
     if name.endswith("accuracy"):
-        return f"{100.0 * value:.2f} %"
+        return f"{100.0 * value:.2f}%"
     if name in {"loss", "kl"}:
         return f"{value:.4f}"
     unit = unit_of(name, value)
