@@ -366,7 +366,7 @@ def test_front_table_shows_every_point_and_the_baselines_last(records):
     rows = [line for line in lines if "%" in " ".join(line)]
     hashes = [policy_of(code).hash for code in (0, 3, 4, 0, 1)]
     assert [row[0] for row in rows] == [*hashes, "–"]
-    assert rows[2][1:] == "85.00% 50.00% 6.00 pJ 60.0 B 10.7x sampler".split()
+    assert rows[2][1:] == ["85.00%", "50.00%", "6.00", "pJ", "60.0", "B", "10.7x", "sampler"]
 
 
 def test_trials_csv_has_every_trial_and_no_defaults(written, records):
