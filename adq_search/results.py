@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
 from adq_search.policy import save_policy
 from adq_search.prior import rank_correlation
@@ -102,6 +104,7 @@ def write_outcome(
             **made,
             "study": options.study,
             "workers": options.workers,
+            "threads": torch.get_num_threads(),
             "job": plan.job.to_plain(),
             "fingerprint": plan.fingerprint,
             "coverage": plan.cost(plan.full_precision_policy()).to_json()["coverage"],

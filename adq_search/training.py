@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
@@ -19,6 +20,7 @@ from adq_search.tasks import Part, Task
 from adq_search.validation import StrictModel
 
 EVALUATION_BATCH = 512
+_MACS_WORTH_THREADS = 1e8
 
 
 class TrainingSettings(StrictModel):
@@ -207,6 +209,23 @@ def training_inputs(task: Task, settings: TrainingSettings, *, seed: int) -> Ite
     batches: Iterable[Any] = task.train.batches(settings.batch_size, seed=seed)
     for _, batch in zip(range(settings.batch_norm_batches), batches, strict=False):
         yield batch.inputs if task.augment is None else task.augment(batch.inputs, generator)
+
+
+def threads_for(macs: int, batch_size: int, *, workers: int) -> int:
+    """Return how many threads each of some workers on this machine should train with.
+
+    Below 100 M MACs a step a second thread brought less than a fifth (measured on two cores: 12.8
+    to 10.7 ms at 12 M, 48 to 33 ms at 151 M), so other workers use the cores better. The rule looks
+    at the job alone: results do not change with the load of the machine.
+
+    Args:
+        macs: Of one inference.
+        batch_size: Samples a step.
+        workers: Processes that train at once.
+    """
+    if macs * batch_size < _MACS_WORTH_THREADS:
+        return 1
+    return max(1, (os.cpu_count() or 1) // workers)
 
 
 def _parameter_groups(network: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from adq_search.space import has_codebook
 from adq_search.tasks import Task, load_task
 from adq_search.teacher import make_teacher
 from adq_search.tracing import trace
-from adq_search.training import EpochProgress, evaluate
+from adq_search.training import EpochProgress, evaluate, threads_for
 from adq_search.trial import run_trial, weights_of
 from adq_search.validation import validated
 
@@ -61,7 +61,6 @@ def allocate(
     First and last layer stay at 8 bits and out of the average.
     """
     console = Console()
-    torch.set_num_threads(1)
     rule = {"weight_bits": _bits(bits), "input_bits": [input_bits], "schemes": [scheme]}
     if has_codebook(scheme):
         rule["ema_momenta"] = [momentum]
@@ -72,6 +71,7 @@ def allocate(
     }
     job = validated(Job, content, SpaceError, what="the allocation")
     planned = plan(job)
+    torch.set_num_threads(threads_for(planned.summary.macs, job.training.batch_size, workers=1))
     with ShownProgress(console) as progress:
         network = _teacher(_with_teacher(planned.task, teacher), seed, progress)
         table = measure_sensitivity(planned, Teacher(network, planned.task), progress)
@@ -121,7 +121,6 @@ def train(
     """Train the task's network under a policy, and measure it on the test part."""
     start = time.perf_counter()
     console = Console()
-    torch.set_num_threads(1)
     chosen = load_policy(policy)
     if (out / "result.json").exists():
         msg = f"{out} holds a result already. Choose another --out; nothing measured is replaced."
@@ -135,6 +134,7 @@ def train(
     found = _with_teacher(load_task(task, job.task_options), teacher)
     summary = trace(found.make_network(), found.example())
     check_policy_fits(chosen, summary.names)
+    torch.set_num_threads(threads_for(summary.macs, job.training.batch_size, workers=1))
     report = cost(summary, chosen, load_hardware(job.search.hardware))
     with ShownProgress(console) as progress:
         network = _teacher(found, seed, progress)
@@ -192,6 +192,9 @@ def _recipe(task: str, space: str | None) -> Job:
     """Return the job whose training recipe fits: a named space's, or the task's own space's."""
     if space is not None:
         job, _ = find_job(space)
+        if job.task != task:
+            msg = f"Space '{space}' is about task '{job.task}', not '{task}'. Give its own task."
+            raise SpaceError(msg)
         return job
     if task in named_spaces():
         job, _ = find_job(task)

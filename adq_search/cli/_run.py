@@ -20,6 +20,7 @@ from adq_search.plan import plan
 from adq_search.report import front_table, read_front, rebuild
 from adq_search.results import write_outcome
 from adq_search.session import prepare
+from adq_search.training import threads_for
 
 HOSTS = "adq_search.hosts"
 
@@ -43,18 +44,21 @@ def run(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train at once.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a study.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a worker.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of a worker [by the job's size].")
+    ] = None,
 ) -> None:
     """Search for the Pareto front of quantization policies."""
     start = time.perf_counter()
     console = Console()
     job, name = find_job(space)
     job = _changed(job, trials, epochs, objective, budget, seed)
-    torch.set_num_threads(threads or 1)
     options = HostOptions(study=study or name, storage=storage, workers=workers, resume=resume)
     folder = out or Path("results") / options.study
     runner = find_host(host)
     planned = plan(job)
+    size = planned.summary.macs, job.training.batch_size
+    torch.set_num_threads(threads or threads_for(*size, workers=workers))
     runner.check(planned, folder, options)
     lowest, highest = planned.cost_range(job.search.cost_axis)
     console.print(
