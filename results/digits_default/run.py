@@ -28,8 +28,8 @@ def main():
 
 def table(front):
     """The front and the baselines in Markdown."""
-    head = "| policy | validation accuracy | test accuracy | energy | weights | average bits | proposed by |"
-    lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+    head = "policy | validation accuracy | test accuracy | energy | weights | average bits | origin"
+    lines = [f"| {head} |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
     for point in [*front["points"], *front["baselines"]]:
         cost = point["cost"]
         cells = [
