@@ -68,7 +68,7 @@ class Plan:
 
     def full_precision_policy(self) -> Policy:
         """Return the policy that leaves every layer in floating point."""
-        return Policy.uniform(self.summary.names, FLOAT)
+        return Policy.uniform(self.summary.all_names, FLOAT)
 
 
 def plan(job: Job) -> Plan:

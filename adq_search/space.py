@@ -17,7 +17,15 @@ from itertools import pairwise
 from typing import Any, Literal, Self
 
 from adq_search.errors import AdqSearchError, SpaceError, did_you_mean
-from adq_search.policy import MAX_BITS, MIN_BITS, LayerPrecision, Options, OptionValue, Policy
+from adq_search.policy import (
+    FLOAT,
+    MAX_BITS,
+    MIN_BITS,
+    LayerPrecision,
+    Options,
+    OptionValue,
+    Policy,
+)
 from adq_search.quantizers import INPUT_QUANTIZERS, WEIGHT_QUANTIZERS, resolve_scheme
 from adq_search.space_file import SpaceSpec, parse_space
 from adq_search.space_rules import (
@@ -108,11 +116,13 @@ class SearchSpace:
         names: Layer names in the order the network runs.
         groups: Each layer in one group; pinned layers too.
         options: Options of quantizers for the whole network, by quantizer.
+        idle: Layers that never run; every policy leaves them in floating point.
     """
 
     names: tuple[str, ...]
     groups: tuple[Group, ...]
     options: tuple[tuple[str, Options], ...] = ()
+    idle: tuple[str, ...] = ()
 
     @classmethod
     def from_spec(cls, spec: SpaceSpec | Mapping[str, Any], summary: ModelSummary) -> Self:
@@ -131,7 +141,7 @@ class SearchSpace:
         groups = resolve_groups(spec, summary.names)
         _check_options(spec, groups)
         options = Policy.of({summary.names[0]: groups[0].choices[0]}, spec.options).options
-        space = cls(summary.names, groups, options)
+        space = cls(summary.names, groups, options, summary.idle)
         if not space.parameters:
             msg = (
                 "The search space holds one policy only: nothing is left to search. Allow more "
@@ -157,7 +167,8 @@ class SearchSpace:
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that two spaces share when they hold the same policies."""
-        content = [self.names, [asdict(group) for group in self.groups], self.options]
+        groups = [asdict(group) for group in self.groups]
+        content = [self.names, groups, self.options, *([self.idle] if self.idle else [])]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def policy_from(self, precisions: Mapping[str, LayerPrecision]) -> Policy:
@@ -168,7 +179,8 @@ class SearchSpace:
             for layer in group.layers
         }
         options = {name: dict(values) for name, values in self.options}
-        return Policy.of({name: by_layer[name] for name in self.names}, options)
+        layers = {name: by_layer[name] for name in self.names} | dict.fromkeys(self.idle, FLOAT)
+        return Policy.of(layers, options)
 
     def policy_of(self, params: Mapping[str, Value]) -> Policy:
         """Return the policy that a host's parameters stand for.
@@ -204,7 +216,7 @@ class SearchSpace:
         Raises:
             SpaceError: The policy is not in the space; the text names the layer and the reason.
         """
-        difference = policy.difference(self.names)
+        difference = policy.difference((*self.names, *self.idle))
         if difference:
             msg = f"The policy belongs to another network: {difference}."
             raise SpaceError(msg)

@@ -124,15 +124,28 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """The parametric layers of a network in execution order, and what was left out."""
+    """The parametric layers of a network in execution order, and what was left out.
+
+    Args:
+        layers: Those that ran.
+        coverage: Which modules the figures account for.
+        idle: Parametric layers that never ran, such as heads used in training alone; a policy
+            names them too and leaves them in floating point.
+    """
 
     layers: tuple[LayerInfo, ...]
     coverage: Coverage
+    idle: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The layer names, in execution order."""
+        """The names of the layers that ran, in execution order."""
         return tuple(layer.name for layer in self.layers)
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Every layer that a policy names: those that ran, then the idle ones."""
+        return (*self.names, *self.idle)
 
     @property
     def macs(self) -> int:
@@ -218,7 +231,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> ModelSummar
             f"{type(model).__name__} has none{found}. Give another network."
         )
         raise TaskError(msg)
-    return ModelSummary(tuple(witness.layers.values()), coverage)
+    idle = tuple(name for name in parametric_layers(model) if name not in witness.layers)
+    return ModelSummary(tuple(witness.layers.values()), coverage, idle)
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from adq_search.hardware import cost as cost_of
 from adq_search.policy import FLOAT, LayerPrecision, Policy, load_policy, parse_uniform
 from adq_search.space import DEFAULT_MOMENTUM, has_codebook
 from adq_search.tasks import import_object, load_task, task_names
-from adq_search.tracing import trace
+from adq_search.tracing import ModelSummary, trace
 
 
 def cost(
@@ -43,8 +43,8 @@ def cost(
     table = load_hardware(hardware)
     network, example = _network(model, input_)
     summary = trace(network, example)
-    chosen = _policy(policy, uniform, scheme, summary.names)
-    check_policy_fits(chosen, summary.names)
+    chosen = _policy(policy, uniform, scheme, summary)
+    check_policy_fits(chosen, summary.all_names)
     result = cost_of(summary, chosen, table)
     if json_:
         typer.echo(json.dumps(result.to_json(), indent=2))
@@ -52,18 +52,19 @@ def cost(
     _show(result, chosen)
 
 
-def _policy(file: Path | None, uniform: str | None, scheme: str, names: tuple[str, ...]) -> Policy:
+def _policy(file: Path | None, uniform: str | None, scheme: str, summary: ModelSummary) -> Policy:
     if (file is None) == (uniform is None):
         msg = "A cost needs one policy: give either --policy FILE or --uniform W4A4."
         raise PolicyError(msg)
     if file is not None:
         return load_policy(file)
     if uniform == "float":
-        return Policy.uniform(names, FLOAT)
+        return Policy.uniform(summary.all_names, FLOAT)
     weight_bits, input_bits = parse_uniform(uniform or "")
     momentum = DEFAULT_MOMENTUM if has_codebook(scheme) else None  # costs nothing, must be said
     inner = LayerPrecision(weight_bits, input_bits, scheme, momentum)
-    return Policy.uniform(names, inner, ends=LayerPrecision(8, 8, "lsq"))
+    running = Policy.uniform(summary.names, inner, ends=LayerPrecision(8, 8, "lsq"))
+    return Policy.of(dict(running) | dict.fromkeys(summary.idle, FLOAT))
 
 
 def _network(reference: str, shape: str | None) -> tuple[nn.Module, torch.Tensor]:

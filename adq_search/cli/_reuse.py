@@ -133,7 +133,7 @@ def train(
     )
     found = _with_teacher(load_task(task, job.task_options), teacher)
     summary = trace(found.make_network(), found.example())
-    check_policy_fits(chosen, summary.names)
+    check_policy_fits(chosen, summary.all_names)
     torch.set_num_threads(threads_for(summary.macs, job.training.batch_size, workers=1))
     report = cost(summary, chosen, load_hardware(job.search.hardware))
     with ShownProgress(console) as progress:

@@ -198,7 +198,7 @@ def cost(
         QuantizerError: An option of the policy does not exist.
     """
     model = load_hardware(hardware) if isinstance(hardware, str) else hardware
-    difference = policy.difference(summary.names)
+    difference = policy.difference(summary.all_names)
     if difference:
         msg = f"A policy must name the network's layers, but differs: {difference}. Mend the names."
         raise PolicyError(msg)

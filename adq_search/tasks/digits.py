@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sklearn.datasets import load_digits
 
 from adq_search.tasks._base import Task, TeacherRecipe, TensorPart, split_indices
 from adq_search.tasks._registry import register_task
@@ -16,6 +15,8 @@ _SPLIT_SEED = 0  # the parts do not depend on the search's seed
 @register_task("digits")
 def digits() -> Task:
     """Make the task: 997 / 400 / 400 images, a small residual network."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415  # a second to import
+
     data = load_digits()
     inputs = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
     targets = torch.tensor(data.target)
