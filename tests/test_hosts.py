@@ -231,8 +231,15 @@ def measured_in(folder):
     return {f.stem: f.stat().st_mtime_ns for f in (folder / "trials").glob("*.json")}
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("blow", "workers"),
+    [
+        pytest.param(signal.SIGKILL, 1, id="kill"),
+        pytest.param(signal.SIGINT, 1, id="ctrl-c", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 2, id="kill-2-workers", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, id="ctrl-c-2-workers", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_search_goes_on_and_loses_nothing(tmp_path, blow, workers):
     with start(tmp_path, "--workers", str(workers)) as process:
         deadline = time.monotonic() + 120
@@ -263,6 +270,7 @@ def test_an_interrupted_search_goes_on_and_loses_nothing(tmp_path, blow, workers
     assert set(before) <= set(hashes)
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_do_not_take_each_other_for_dead(tmp_path):
     with start(tmp_path, trials=200) as first:
         while len(measured_in(tmp_path)) < 1:
@@ -275,6 +283,7 @@ def test_two_runs_in_one_folder_do_not_take_each_other_for_dead(tmp_path):
     assert "Another run is at work" in said
 
 
+@pytest.mark.slow
 def test_ray_runs_the_same_job_through_the_same_code(tmp_path):
     pytest.importorskip("ray")
     with start(tmp_path, "--host", "ray", "--workers", "2", trials=5) as process:
