@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 
 import optuna
 import torch
+from adq_search.plugins.optuna_journal import mend_journal, open_journal
 from adq_search.plugins.optuna_objective import (
     FINGERPRINT,
     PolicyObjective,
@@ -24,8 +26,7 @@ from adq_search.plugins.optuna_objective import (
     measuring,
     result_of,
 )
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -36,9 +37,6 @@ from adq_search.progress import NoProgress, Progress
 from adq_search.session import Session, reopen
 
 _POLL_S = 0.5
-#: A writer killed while it held the journal's lock keeps others out this long; appending takes
-#: milliseconds.
-_LOCK_GRACE_S = 10
 #: Draws in a row that measured nothing new, after which the space counts as exhausted.
 _MAX_IDLE_DRAWS = 300
 
@@ -62,7 +60,7 @@ class OptunaHost:
             return
         if options.storage is None:
             with _alone_in(folder):
-                _mend_journal(journal)
+                mend_journal(journal)
         storage = _open_storage(folder, options)
         names = optuna.study.get_all_study_names(storage)
         if options.study not in names:
@@ -137,11 +135,10 @@ def _enqueue(study: Study, parameters: dict[str, Any], policy_hash: str) -> None
 
 def _open_storage(folder: Path, options: HostOptions) -> BaseStorage:
     if options.storage is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _open_journal(_journal_file(folder))
+        return open_journal(_journal_file(folder))
     try:
         if "://" not in options.storage:
-            return _open_journal(Path(options.storage))
+            return open_journal(Path(options.storage))
         return RDBStorage(options.storage)
     except Exception as error:
         detail = " ".join(str(error).split())[:300]
@@ -149,26 +146,8 @@ def _open_storage(folder: Path, options: HostOptions) -> BaseStorage:
         raise StorageError(msg) from error
 
 
-def _open_journal(file: Path) -> BaseStorage:
-    lock = JournalFileSymlinkLock(str(file), grace_period=_LOCK_GRACE_S)
-    return JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
-
-
 def _journal_file(folder: Path) -> Path:
     return folder / "study.journal"
-
-
-def _mend_journal(file: Path) -> None:
-    """Cut off a last line that a killed writer left unfinished.
-
-    Optuna appends whole lines and reads no further than a damaged one, so a half-written last
-    line would make every later one unreadable.
-    """
-    with file.open("r+b") as journal:
-        content = journal.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            journal.truncate(whole)
 
 
 def _sampler(session: Session, index: int, *, n_before: int) -> optuna.samplers.BaseSampler:
@@ -231,7 +210,8 @@ def _start_helpers(
 
 
 def _help(folder: Path, options: HostOptions, index: int, n_threads: int) -> None:
-    """Be a worker process."""
+    """Be a worker process; Ctrl-C in the terminal is the first process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(n_threads)
     with _quiet():
         _work(reopen(folder), options, index=index, progress=NoProgress())

@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 from adq_search.plugins.optuna_host import OptunaHost
+from adq_search.plugins.optuna_journal import open_journal
 from adq_search.plugins.optuna_objective import PolicyObjective, Verdict, measuring
 
 from adq_search.errors import BudgetError, StorageError
@@ -303,3 +304,23 @@ def test_ray_runs_the_same_job_through_the_same_code(tmp_path):
     after = measured_in(tmp_path)
     assert len(after) == 7
     assert {name: after[name] for name in before} == before
+
+
+def test_ctrl_c_during_an_append_waits_for_the_line(tmp_path, monkeypatch):
+    """The interrupt comes after the line is whole and the lock is free."""
+    backend = optuna.storages.journal.JournalFileBackend
+    write = backend.append_logs
+
+    def interrupted(self, logs):
+        os.kill(os.getpid(), signal.SIGINT)
+        write(self, logs)
+
+    storage = open_journal(tmp_path / "study.journal")
+    monkeypatch.setattr(backend, "append_logs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optuna.create_study(study_name="tiny", storage=storage)
+    monkeypatch.undo()
+    lines = (tmp_path / "study.journal").read_text().splitlines(keepends=True)
+    assert lines
+    assert all(line.endswith("\n") and json.loads(line) for line in lines)
+    assert not list(tmp_path.glob("*.lock*"))
