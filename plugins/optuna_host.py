@@ -9,13 +9,21 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from adq_search.errors import StorageError
+from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
+from adq_search.plan import Plan
+from adq_search.plugins._interrupts import remembered
 from adq_search.plugins.optuna_journal import mend_journal, open_journal
 from adq_search.plugins.optuna_objective import (
     FINGERPRINT,
@@ -26,13 +34,6 @@ from adq_search.plugins.optuna_objective import (
     measuring,
     result_of,
 )
-from optuna.storages import BaseStorage, RDBStorage
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
-
-from adq_search.errors import StorageError
-from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
-from adq_search.plan import Plan
 from adq_search.progress import NoProgress, Progress
 from adq_search.session import Session, reopen
 
@@ -80,7 +81,7 @@ class OptunaHost:
 
     def run(self, session: Session, options: HostOptions, progress: Progress) -> HostOutcome:
         """Measure policies until the job's number of trials is reached."""
-        with _quiet(), _alone_in(session.folder):
+        with _quiet(), _alone_in(session.folder), remembered() as check_interrupt:
             study = _open_study(session, options)
             _requeue_abandoned(study)
             _enqueue_seeds(study, session)
@@ -88,8 +89,9 @@ class OptunaHost:
             helpers = _start_helpers(session, options)
             try:
                 while True:
-                    _work(session, options, index=0, progress=progress)
+                    _work(session, options, index=0, progress=progress, after=check_interrupt)
                     _wait_for(helpers, study, n_trials, progress)
+                    check_interrupt()
                     _requeue_abandoned(study)
                     if _n_measured(study) >= n_trials or _is_exhausted(study):
                         return _outcome(study)
@@ -156,20 +158,29 @@ def _sampler(session: Session, index: int, *, n_before: int) -> optuna.samplers.
     return optuna.samplers.TPESampler(multivariate=True, seed=seed % 2**32)
 
 
-def _work(session: Session, options: HostOptions, *, index: int, progress: Progress) -> None:
-    """Run trials in this process until the study has as many as the job asks for."""
+def _work(
+    session: Session,
+    options: HostOptions,
+    *,
+    index: int,
+    progress: Progress,
+    after: Callable[[], None],
+) -> None:
+    """Run trials in this process until the study has as many as the job asks for.
+
+    `after` is called after each trial, and may raise to end the work.
+    """
     n_trials = session.plan.job.search.trials
     study = optuna.load_study(
         study_name=options.study, storage=_open_storage(session.folder, options)
     )
     study.sampler = _sampler(session, index, n_before=len(study.get_trials(deepcopy=False)))
     objective = PolicyObjective(session, n_trials=n_trials)
-    parent = multiprocessing.parent_process()
 
     def stop_when_enough(study: Study, _: FrozenTrial) -> None:
         _tell(study, n_trials, progress)
-        orphaned = parent is not None and not parent.is_alive()
-        if orphaned or len(_claimed(study)) >= n_trials or _is_exhausted(study):
+        after()
+        if len(_claimed(study)) >= n_trials or _is_exhausted(study):
             study.stop()
 
     _tell(study, n_trials, progress)
@@ -213,8 +224,14 @@ def _help(folder: Path, options: HostOptions, index: int, n_threads: int) -> Non
     """Be a worker process; Ctrl-C in the terminal is the first process's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(n_threads)
+    parent = multiprocessing.parent_process()
+
+    def stop_when_orphaned() -> None:
+        if parent is not None and not parent.is_alive():
+            raise SystemExit
+
     with _quiet():
-        _work(reopen(folder), options, index=index, progress=NoProgress())
+        _work(reopen(folder), options, index=index, progress=NoProgress(), after=stop_when_orphaned)
 
 
 def _wait_for(

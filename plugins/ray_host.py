@@ -20,8 +20,9 @@ from adq_search.session import Session, reopen
 
 try:
     import ray
-    from adq_search.plugins.ray_searcher import PolicySearcher
     from ray import tune
+
+    from adq_search.plugins.ray_searcher import PolicySearcher
 except ImportError as error:
     msg = "The host 'ray' needs Ray Tune. Install it: pip install 'adq-search[ray]'"
     raise MissingExtraError(msg) from error

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from adq_search.plugins.optuna_objective import directions, distribution
 from optuna.distributions import BaseDistribution
 from optuna.trial import Trial, TrialState
 from ray.tune.search import Searcher
@@ -15,6 +14,7 @@ from ray.tune.search import Searcher
 from adq_search.errors import StorageError
 from adq_search.files import read_json, write_json
 from adq_search.plan import Plan
+from adq_search.plugins.optuna_objective import directions, distribution
 from adq_search.session import Seed
 from adq_search.trial import TrialResult
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from adq_search.plugins._interrupts import remembered
 from adq_search.plugins.optuna_host import OptunaHost
 from adq_search.plugins.optuna_journal import open_journal
 from adq_search.plugins.optuna_objective import PolicyObjective, Verdict, measuring
@@ -251,6 +252,7 @@ def test_an_interrupted_search_goes_on_and_loses_nothing(tmp_path, blow, workers
         os.kill(process.pid, blow)
         said, _ = process.communicate(timeout=60)
         assert process.returncode == (-9 if blow == signal.SIGKILL else 130), said
+        assert ("with --resume goes on" in said) == (blow == signal.SIGINT)
     time.sleep(2.0 if workers > 1 else 0.0)  # a worker left behind ends with its trial
     before = measured_in(tmp_path)
     with start(tmp_path, "--resume", "--workers", str(workers)) as process:
@@ -324,3 +326,17 @@ def test_ctrl_c_during_an_append_waits_for_the_line(tmp_path, monkeypatch):
     assert lines
     assert all(line.endswith("\n") and json.loads(line) for line in lines)
     assert not list(tmp_path.glob("*.lock*"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_is_raised_again():
+    class Interrupting:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with remembered() as check:
+        check()
+        thing = Interrupting()
+        del thing  # the interrupt is raised inside the destructor, where Python ignores it
+        with pytest.raises(KeyboardInterrupt):
+            check()

@@ -10,6 +10,9 @@ from rich.console import Console
 from adq_search.cli import _cost, _reuse, _run
 from adq_search.errors import AdqSearchError
 
+#: Exit code that Typer gives to Ctrl-C, as shells do.
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="adq-search",
     help="Search mixed-precision quantization policies of a PyTorch network for a chip.",
@@ -32,11 +35,12 @@ def main() -> None:
     except AdqSearchError as error:
         console.print(f"[bold red]error:[/] {_escaped(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print(
-            "interrupted; nothing finished is lost. The same command with --resume goes on."
-        )
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            console.print(
+                "interrupted; nothing finished is lost. The same command with --resume goes on."
+            )
+        raise
 
 
 def _escaped(text: str) -> str:
