@@ -10,15 +10,15 @@ from pathlib import Path
 
 import optuna
 import pytest
-from adq_search.plugins._interrupts import remembered
-from adq_search.plugins.optuna_host import OptunaHost
-from adq_search.plugins.optuna_journal import open_journal
-from adq_search.plugins.optuna_objective import PolicyObjective, Verdict, measuring
 
 from adq_search.errors import BudgetError, StorageError
 from adq_search.hosting import HostOptions
 from adq_search.job import Job, read_job
 from adq_search.plan import plan
+from adq_search.plugins._interrupts import remembered
+from adq_search.plugins.optuna_host import OptunaHost
+from adq_search.plugins.optuna_journal import open_journal
+from adq_search.plugins.optuna_objective import PolicyObjective, Verdict, measuring
 from adq_search.progress import NoProgress
 from adq_search.session import prepare, reopen
 from adq_search.trial import TrialResult
