@@ -34,6 +34,10 @@ class CostError(AdqSearchError):
     """The cost of a layer cannot be computed, or an unknown cost figure was named."""
 
 
+class IntegerError(AdqSearchError):
+    """A network or layer has no exact integer form, or an integer network was misused."""
+
+
 class SensitivityError(AdqSearchError):
     """A sensitivity estimate is not a finite, non-negative number."""
 
@@ -44,6 +48,10 @@ class StorageError(AdqSearchError):
 
 class MissingExtraError(AdqSearchError):
     """An optional package is needed; the text names the extra to install."""
+
+
+class AdqSearchWarning(UserWarning):
+    """Something allowed that the user will hardly want; the text carries the remedy."""
 
 
 class BudgetError(AdqSearchError):

@@ -84,7 +84,8 @@ def plan(job: Job) -> Plan:
         summary = trace(task.make_network(), task.example())
     space = SearchSpace.from_spec(job.space, summary)
     hardware = load_hardware(job.search.hardware)
-    planned = Plan(job, task, summary, space, hardware, _fingerprint(job, task, summary, space))
+    fingerprint = _fingerprint(job, task, summary, space, hardware)
+    planned = Plan(job, task, summary, space, hardware, fingerprint)
     check_budgets(space, summary, job.search.budgets, hardware)
     return planned
 
@@ -106,11 +107,17 @@ def check_fingerprint(stored: Mapping[str, str], ours: Mapping[str, str], *, whe
         raise StorageError(msg)
 
 
-def _fingerprint(job: Job, task: Task, summary: ModelSummary, space: SearchSpace) -> dict[str, str]:
+def _fingerprint(
+    job: Job, task: Task, summary: ModelSummary, space: SearchSpace, hardware: Hardware
+) -> dict[str, str]:
     search = job.search.model_dump(
-        mode="json", exclude={"trials", "prior", "seeds", "prior_samples"}
+        mode="json", exclude={"trials", "prior", "seeds", "prior_samples", "hardware"}
     )
-    recipe = {"training": job.training.model_dump(mode="json"), "search": search}
+    recipe = {
+        "training": job.training.model_dump(mode="json"),
+        "search": search,
+        "hardware": repr(hardware),  # what the file says, not where it lies
+    }
     text = json.dumps(recipe, sort_keys=True)
     return {
         "network": summary.fingerprint,

@@ -146,7 +146,7 @@ def check_budgets(
     budgets: Mapping[str, float],
     hardware: Hardware | str,
 ) -> None:
-    """Check that some policy of the space meets all budgets, each and together.
+    """Check that the hardware can run the space, and that some policy of it meets all budgets.
 
     Args:
         space: Which policies exist.
@@ -155,8 +155,10 @@ def check_budgets(
         hardware: Cost model.
 
     Raises:
+        CostError: The hardware cannot run a precision of the space, with the layer and the remedy.
         BudgetError: No policy does; `reachable` is the interval of the budget at fault.
     """
+    _costs(space, summary, "energy_pj", hardware)
     for name, limit in budgets.items():
         low, high = cost_range(space, summary, name, hardware)
         if not is_within(low, limit):
@@ -271,12 +273,22 @@ def _layer_figure(
     model = load_hardware(hardware) if isinstance(hardware, str) else hardware
     infos = {info.name: info for info in summary.layers}
     shares = _average_shares(summary, name) if name.startswith("average_bits") else None
+    all_macs = math.fsum(info.macs for info in summary.layers)
 
     def figure(layer: str, precision: LayerPrecision) -> float:
         found = layer_cost(infos[layer], precision, space.options, model)
         if shares is not None:
             return shares[layer] * found.weight_bits
-        return float(getattr(found, name))
+        if name == "mean_area_ge":
+            return found.area_macs / all_macs
+        value = getattr(found, name)
+        if value is None:
+            msg = (
+                f"Hardware '{model.name}' has no figure '{name}': it needs an `array` or a "
+                "`latency_table` in its file. Add one, or choose another figure."
+            )
+            raise CostError(msg)
+        return float(value)
 
     return figure
 

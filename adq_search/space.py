@@ -34,6 +34,7 @@ from adq_search.space_rules import (
     canonical_scheme,
     has_codebook,
     resolve_groups,
+    warn_of_floors,
 )
 from adq_search.tracing import ModelSummary
 
@@ -140,6 +141,7 @@ class SearchSpace:
             spec = parse_space(spec)
         groups = resolve_groups(spec, summary.names)
         _check_options(spec, groups)
+        warn_of_floors(groups, spec.options)
         options = Policy.of({summary.names[0]: groups[0].choices[0]}, spec.options).options
         space = cls(summary.names, groups, options, summary.idle)
         if not space.parameters:
@@ -168,6 +170,10 @@ class SearchSpace:
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that two spaces share when they hold the same policies."""
         groups = [asdict(group) for group in self.groups]
+        for group in groups:
+            if not group["scheme_weight_bits"]:
+                del group["scheme_weight_bits"]
+        # What is absent leaves no trace: spaces keep the fingerprint of earlier versions.
         content = [self.names, groups, self.options, *([self.idle] if self.idle else [])]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -187,7 +193,8 @@ class SearchSpace:
 
         Args:
             params: A value for every one of `parameters`. The momentum of a group whose scheme
-                has no codebook is ignored.
+                has no codebook is ignored; weight bits that the scheme may not take
+                (`scheme_weight_bits`) become the nearest it may take, the lower of two.
 
         Raises:
             SpaceError: A parameter is missing, unknown or out of range.
@@ -256,7 +263,9 @@ class SearchSpace:
                 }
             )
             for bits in range(MIN_BITS, MAX_BITS + 1)
-            if all(bits in g.weight_bits and bits in g.input_bits for g in searched)
+            if all(
+                bits in g.weight_bits_of(g.schemes[0]) and bits in g.input_bits for g in searched
+            )
         }
 
 
@@ -310,7 +319,8 @@ def _precision_of(group: Group, params: Mapping[str, Value]) -> LayerPrecision:
         f"{chosen['weight_quantizer']}+{chosen['input_quantizer']}"
     )
     momentum = chosen["ema_momentum"] if has_codebook(scheme) else None
-    return LayerPrecision(chosen["weight_bits"], chosen["input_bits"], scheme, momentum)
+    weight_bits = group.nearest_weight_bits(chosen["weight_bits"], scheme)
+    return LayerPrecision(weight_bits, chosen["input_bits"], scheme, momentum)
 
 
 def _first_momentum(group: Group) -> float | None:
@@ -334,6 +344,15 @@ def _check_inside(
         raise SpaceError(msg)
     if precision in group.choices:
         return
+    scheme = precision.scheme
+    granted = group.weight_bits_of(scheme)
+    if scheme in group.schemes and precision.weight_bits not in granted:
+        msg = (
+            f"The policy is outside the search space: {layer} has weight_bits "
+            f"{precision.weight_bits}, but the space allows {', '.join(map(str, granted))} with "
+            f"scheme {scheme}."
+        )
+        raise SpaceError(msg)
     for what, allowed in (
         ("weight_bits", group.weight_bits),
         ("input_bits", group.input_bits),
@@ -347,6 +366,11 @@ def _check_inside(
                 f"space allows {', '.join(map(str, allowed))}."
             )
             raise SpaceError(msg)
+    msg = (
+        f"The policy is outside the search space: {layer} has an ema_momentum, but scheme {scheme} "
+        "has no codebook. Leave it out."
+    )
+    raise SpaceError(msg)
 
 
 def _check_options(spec: SpaceSpec, groups: tuple[Group, ...]) -> None:

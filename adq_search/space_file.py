@@ -61,6 +61,8 @@ class RuleSpec(_Strict):
         weight_quantizers: Names of weight quantizers, chosen apart from the input quantizers.
         input_quantizers: Names of input quantizers.
         ema_momenta: Momenta of adaptive codebooks, 0 <= m < 1.
+        scheme_weight_bits: Weight bits of single schemes, where these may not take all of
+            `weight_bits`: `{post: [3, 4]}`. Others take all.
     """
 
     weight_bits: BitsList | None = None
@@ -69,6 +71,7 @@ class RuleSpec(_Strict):
     weight_quantizers: NameList | None = None
     input_quantizers: NameList | None = None
     ema_momenta: MomentumList | None = None
+    scheme_weight_bits: dict[str, BitsList] | None = None
 
     @model_validator(mode="after")
     def _one_way_to_choose(self) -> Self:

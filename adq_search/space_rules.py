@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from adq_search.errors import AdqSearchError, SpaceError
-from adq_search.policy import LayerPrecision
+from adq_search.errors import AdqSearchError, AdqSearchWarning, SpaceError, did_you_mean
+from adq_search.policy import LayerPrecision, OptionValue
 from adq_search.quantizers import (
     INPUT_QUANTIZERS,
     SCHEMES,
@@ -41,6 +42,8 @@ class Group:
         weight_quantizers: Where the two quantizers are separate dimensions; empty otherwise.
         input_quantizers: Likewise.
         ema_momenta: Ascending; empty where no scheme has an adaptive codebook.
+        scheme_weight_bits: Weight bits of the schemes that may not take all of `weight_bits`,
+            ascending, by scheme.
         pinned: The precision that the search leaves alone; None for a searched group.
     """
 
@@ -52,6 +55,7 @@ class Group:
     weight_quantizers: tuple[str, ...] = ()
     input_quantizers: tuple[str, ...] = ()
     ema_momenta: tuple[float, ...] = ()
+    scheme_weight_bits: tuple[tuple[str, tuple[int, ...]], ...] = ()
     pinned: LayerPrecision | None = None
 
     @property
@@ -64,8 +68,20 @@ class Group:
             for weight_bits, input_bits, scheme in itertools.product(
                 self.weight_bits, self.input_bits, self.schemes
             )
+            if weight_bits in self.weight_bits_of(scheme)
             for momentum in (self.ema_momenta if has_codebook(scheme) else (None,))
         )
+
+    def weight_bits_of(self, scheme: str) -> tuple[int, ...]:
+        """Return the weight bits that a scheme may take, ascending."""
+        return dict(self.scheme_weight_bits).get(scheme, self.weight_bits)
+
+    def nearest_weight_bits(self, weight_bits: int, scheme: str) -> int:
+        """Return the bits nearest to `weight_bits` that the scheme may take, the lower of two.
+
+        So every draw of a host is a policy, and its parameters need no conditions.
+        """
+        return min(self.weight_bits_of(scheme), key=lambda bits: (abs(bits - weight_bits), bits))
 
     def with_median_momentum(self, precision: LayerPrecision) -> LayerPrecision:
         """Return the precision with the group's middle momentum, where it takes one."""
@@ -106,6 +122,7 @@ def resolve_groups(spec: SpaceSpec, names: Sequence[str]) -> tuple[Group, ...]:
         _matched(f"layers.{pattern}", pattern, names, free=searched)
     rules = {name: _rule_of(spec, name) for name in searched}
     _check_momenta(spec, rules)
+    _check_limits(spec, rules)
     groups = [Group(name, (name,), pinned=pinned[name]) for name in pinned]
     members = _members(spec, names, searched)
     for group, layers in members.items():
@@ -121,6 +138,36 @@ def resolve_groups(spec: SpaceSpec, names: Sequence[str]) -> tuple[Group, ...]:
                 raise SpaceError(msg)
         groups.append(replace(first, name=group, layers=layers))
     return tuple(sorted(groups, key=lambda g: list(names).index(g.layers[0])))
+
+
+def warn_of_floors(
+    groups: tuple[Group, ...], options: Mapping[str, Mapping[str, OptionValue]]
+) -> None:
+    """Warn of weight bits at which a searched scheme is dominated: its error has a floor.
+
+    Args:
+        groups: What `resolve_groups` returned.
+        options: Options by quantizer.
+    """
+    for scheme in sorted({scheme for group in groups for scheme in group.schemes}):
+        quantizer = WEIGHT_QUANTIZERS[resolve_scheme(scheme).weight]
+        floor = quantizer.error_floor(**options.get(quantizer.name, {}))
+        if floor is None:
+            continue
+        offered = {b for g in groups if scheme in g.schemes for b in g.weight_bits_of(scheme)}
+        useful = sorted(b for b in offered if b <= floor.useful_bits)
+        beyond = ", ".join(str(b) for b in sorted(offered) if b > floor.useful_bits)
+        if beyond:
+            limit = (
+                f"limit it by `scheme_weight_bits: {{{scheme}: {useful}}}`, or " if useful else ""
+            )
+            text = (
+                f"Scheme '{scheme}' may take {beyond} weight bits, where uniform levels are "
+                f"better: its signal-to-noise ratio stops at {floor.snr_db:g} dB, and hardly "
+                f"rises beyond {floor.useful_bits} bits. To save trials, {limit}take it out of "
+                "`schemes`."
+            )
+            warnings.warn(text, AdqSearchWarning, stacklevel=4)
 
 
 def _pins(spec: SpaceSpec, names: Sequence[str]) -> dict[str, LayerPrecision]:
@@ -153,20 +200,41 @@ def _rule_of(spec: SpaceSpec, name: str) -> Group:
         *(rule for key, rule in spec.layers.items() if key != name and fnmatchcase(name, key)),
         spec.default,
     ]
-    weight_bits = _first_given(chain, "weight_bits", name)
+    given_bits = _first_given(chain, "weight_bits", name)
     input_bits = _first_given(chain, "input_bits", name)
     schemes, weights, inputs = _quantizers_of(chain, name)
+    weight_bits, limited = _limited_bits(chain, name, schemes, sorted(given_bits))
     momenta = next((r.ema_momenta for r in chain if r.ema_momenta), [DEFAULT_MOMENTUM])
     return Group(
         name="",
         layers=(),
-        weight_bits=tuple(sorted(weight_bits)),
+        weight_bits=weight_bits,
         input_bits=tuple(sorted(input_bits)),
         schemes=schemes,
         weight_quantizers=weights,
         input_quantizers=inputs,
         ema_momenta=tuple(sorted(momenta)) if any(map(has_codebook, schemes)) else (),
+        scheme_weight_bits=limited,
     )
+
+
+def _limited_bits(
+    chain: Sequence[RuleSpec], name: str, schemes: Sequence[str], given: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
+    """Return the weight bits that some scheme can take, and the schemes that cannot take all."""
+    limits = next((r.scheme_weight_bits for r in chain if r.scheme_weight_bits is not None), {})
+    known = {_known_scheme(scheme): bits for scheme, bits in limits.items()}
+    allowed = {s: tuple(b for b in given if b in known.get(s, given)) for s in schemes}
+    for scheme, bits in allowed.items():
+        if not bits:
+            msg = (
+                f"`scheme_weight_bits` leaves scheme '{scheme}' {known[scheme]}, but {name} may "
+                f"take {given}: nothing is left. Give {name} other `schemes`, or its own "
+                "`scheme_weight_bits` under `layers`."
+            )
+            raise SpaceError(msg)
+    union = tuple(b for b in given if any(b in bits for bits in allowed.values()))
+    return union, tuple(sorted((s, bits) for s, bits in allowed.items() if bits != union))
 
 
 def _first_given(chain: Iterable[RuleSpec], key: str, name: str) -> list[Any]:
@@ -235,6 +303,21 @@ def _check_momenta(spec: SpaceSpec, rules: Mapping[str, Group]) -> None:
             raise SpaceError(msg)
 
 
+def _check_limits(spec: SpaceSpec, rules: Mapping[str, Group]) -> None:
+    """Refuse weight bits of a scheme that no searched layer can take."""
+    for key, rule in {**spec.layers, "": spec.default}.items():
+        place = f"layers.{key}" if key else "default"
+        reached = [n for n in rules if not key or n == key or fnmatchcase(n, key)]
+        taken = {scheme for name in reached for scheme in rules[name].schemes}
+        for scheme in rule.scheme_weight_bits or {}:
+            if _known_scheme(scheme) not in taken:
+                msg = (
+                    f"`{place}.scheme_weight_bits` limits '{scheme}', but none of its layers can "
+                    f"take that scheme. {did_you_mean(scheme, taken)}"
+                )
+                raise SpaceError(msg)
+
+
 def _members(
     spec: SpaceSpec, names: Sequence[str], searched: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
@@ -296,7 +379,8 @@ def _matched(
 
 def _describe(rule: Group) -> str:
     momenta = f", momenta {list(rule.ema_momenta)}" if rule.ema_momenta else ""
+    limits = "".join(f", {s} at {list(bits)}" for s, bits in rule.scheme_weight_bits)
     return (
         f"weight bits {list(rule.weight_bits)}, input bits {list(rule.input_bits)}, "
-        f"schemes {list(rule.schemes)}{momenta}"
+        f"schemes {list(rule.schemes)}{limits}{momenta}"
     )

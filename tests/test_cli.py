@@ -232,7 +232,7 @@ BAD_WORDS = {
     "uniform": ([*COST, "--uniform", "W4"], "written like W4A4"),
     "bits": ([*COST, "--uniform", "W9A4"], "between 2 and 8"),
     "scheme": ([*COST, *W4, "--scheme", "adqq"], "Did you mean"),
-    "hardware": ([*COST, *W4, "--hardware", "x"], "Known: post_asic_45nm"),
+    "hardware": ([*COST, *W4, "--hardware", "x"], "Known: memory_bound_edge, post_asic_45nm"),
     "absent policy": ([*TRAIN, "--policy", "no.json"], "no policy file"),
 }
 

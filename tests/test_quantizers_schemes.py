@@ -27,7 +27,7 @@ def no_options(quantizer: str) -> dict[str, str]:
 
 
 def test_registries_hold_the_shipped_quantizers():
-    assert list(WEIGHT_QUANTIZERS) == ["adq", "lsq", "post", "pot"]
+    assert list(WEIGHT_QUANTIZERS) == ["adq", "lsq", "post", "pot", "root"]
     assert list(INPUT_QUANTIZERS) == ["asq", "lsq", "n2uq"]
     assert all(WEIGHT_QUANTIZERS[name].name == name for name in WEIGHT_QUANTIZERS)
     assert all(INPUT_QUANTIZERS[name].name == name for name in INPUT_QUANTIZERS)

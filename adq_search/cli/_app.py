@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import TextIO
 
 import typer
 from rich.console import Console
 
-from adq_search.cli import _cost, _reuse, _run
-from adq_search.errors import AdqSearchError
+from adq_search.cli import _cost, _export, _reuse, _run
+from adq_search.errors import AdqSearchError, AdqSearchWarning
 
 #: Exit code that Typer gives to Ctrl-C, as shells do.
 _INTERRUPTED = 130
@@ -25,11 +27,29 @@ app.command("report")(_run.report)
 app.command("cost")(_cost.cost)
 app.command("allocate")(_reuse.allocate)
 app.command("train")(_reuse.train)
+app.command("export")(_export.export)
+app.command("verify")(_export.verify)
 
 
 def main() -> None:
     """Run the command line; the user's mistakes end with exit code 2 and no traceback."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
+    show_others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, AdqSearchWarning):
+            console.print(f"[bold yellow]warning:[/] {_escaped(str(message))}")
+        else:
+            show_others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
     try:
         app()
     except AdqSearchError as error:

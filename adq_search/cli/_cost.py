@@ -19,6 +19,7 @@ from adq_search.errors import PolicyError, TaskError, did_you_mean
 from adq_search.hardware import CostReport, load_hardware
 from adq_search.hardware import cost as cost_of
 from adq_search.policy import FLOAT, LayerPrecision, Policy, load_policy, parse_uniform
+from adq_search.report.units import amount
 from adq_search.space import DEFAULT_MOMENTUM, has_codebook
 from adq_search.tasks import import_object, load_task, task_names
 from adq_search.tracing import ModelSummary, trace
@@ -36,10 +37,12 @@ def cost(
         str | None, typer.Option(help="W4A4 (first and last layer stay at 8 bit) or float.")
     ] = None,
     scheme: Annotated[str, typer.Option(help="Scheme of --uniform.")] = "lsq",
-    hardware: Annotated[str, typer.Option(help="Hardware model.")] = "post_asic_45nm",
+    hardware: Annotated[
+        str, typer.Option(help="Hardware model, or the path of a YAML file.")
+    ] = "post_asic_45nm",
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print MACs, memory, BOPs and energy of a network under a policy."""
+    """Print energy, area, memory, traffic and cycles of a network under a policy."""
     table = load_hardware(hardware)
     network, example = _network(model, input_)
     summary = trace(network, example)
@@ -100,27 +103,60 @@ def _example(shape: str) -> torch.Tensor:
     return torch.zeros(1, *(int(size) for size in shape.split("x")))
 
 
+#: What a row of the table shows, with its heading: the four figures kept apart come first.
+_COLUMNS = {
+    "compute_pj": "compute",
+    "area_ge": "area, GE",
+    "stored_bits": "weights",
+    "activation_bits": "moved",
+    "bops": "bit ops",
+    "energy_pj": "energy",
+    "cycles": "cycles",
+    "utilisation": "in use",
+}
+#: Where the output is no terminal, lines are as long as the table needs.
+_WIDE = 160
+
+
 def _show(result: CostReport, policy: Policy) -> None:
     content = result.to_json()
-    columns = ("macs", "weight_bytes", "bops", "energy_pj")
-    table = Table(title=f"cost on {content['hardware']}")
-    table.add_column("layer")
-    table.add_column("precision")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for layer in content["layers"]:
-        figures = (f"{layer[column]:,.0f}" for column in columns)
-        table.add_row(layer["name"], str(policy[layer["name"]]), *figures)
-    table.add_section()
     total = content["total"]
-    table.add_row("total", "", *(f"{total[column]:,.0f}" for column in columns))
+    columns = [name for name in _COLUMNS if name in content["layers"][0]]
+    table = Table(title=f"cost on {content['hardware']}")
+    for heading in ("layer", "precision", "datapath"):
+        table.add_column(heading)
+    for column in columns:
+        table.add_column(_COLUMNS[column], justify="right", no_wrap=True)
+    for layer in content["layers"]:
+        figures = (_figure(column, layer[column]) for column in columns)
+        table.add_row(layer["name"], str(policy[layer["name"]]), layer["datapath"], *figures)
+    table.add_section()
+    sums = {**total, "area_ge": total["largest_area_ge"]}
+    table.add_row("total", "", "", *(_figure(column, sums[column]) for column in columns))
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDE)
     console.print(table)
     for name, value in total.items():
-        if name not in columns:
-            console.print(f"{name}: {value:,.6g}", highlight=False)
+        console.print(f"{name}: {value:,.6g}", highlight=False)
     for name in content["coverage"]["unknown"]:
         console.print(f"warning: not counted: {name}", style="yellow", highlight=False)
     if content["extrapolated"]:
         names = ", ".join(content["extrapolated"])
         console.print(f"note: outside the measured range of the table: {names}", highlight=False)
+    if result.inexact:
+        names = ", ".join(result.inexact)
+        console.print(
+            f"warning: on a datapath whose sums are not the quantized network's: {names}",
+            style="yellow",
+            highlight=False,
+        )
+
+
+def _figure(column: str, value: float) -> str:
+    """Return a figure in few characters; bits are shown as bytes."""
+    if column == "utilisation":
+        return f"{value:.1%}"
+    if column.endswith("_bits"):
+        return amount("memory_bytes", value / 8)
+    return amount(column, value) if column != "cycles" else f"{value:,.0f}"

@@ -1,38 +1,35 @@
-"""A hardware model's operator table, read from a YAML file in this folder."""
+"""A hardware model's numbers, as its YAML file gives them (`_file` reads it)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib import resources
-from typing import Literal
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from functools import cached_property
 
 from adq_search.errors import CostError, did_you_mean
 
 Range = tuple[int, int]
+#: A unit by name, with its settings: `("post_broadcast", (("fraction_bits", 2),))`.
+UnitChoice = tuple[str, tuple[tuple[str, int], ...]]
 
 #: Every operator of a table and the unit that the formulas expect it in.
 UNITS = {
     "multiply": "fJ/bit^2",
-    "accumulate_uniform": "fJ/bit",
-    "constant_uniform": "fJ",
-    "shift_pot": "fJ/(bit*stage)",
-    "accumulate_pot": "fJ/bit",
-    "constant_pot": "fJ",
-    "shift_post": "fJ/(bit*stage)",
-    "accumulate_post": "fJ/bit",
-    "constant_post": "fJ",
+    "multiply_area": "GE/bit^2",
     "post_constant_rows": "rows",
     "look_up": "factor",
-    "level_word": "bit",
+    "rom_area": "GE/bit",
+    "table_energy": "fJ/bit",
+    "table_area": "GE/bit",
+    "literal_table_energy": "fJ/bit",
+    "literal_table_area": "GE/bit",
     "requantize": "bit",
     "add": "fJ/bit",
     "memory_read": "pJ/bit",
+    "weight_read": "pJ/bit",
     "float_multiply": "pJ",
     "float_add": "pJ",
+    "float_area": "GE",
 }
 
 
@@ -41,58 +38,141 @@ class Operators:
     """The numbers of an operator table, in the units of `UNITS`."""
 
     multiply: float
-    accumulate_uniform: float
-    constant_uniform: float
-    shift_pot: float
-    accumulate_pot: float
-    constant_pot: float
-    shift_post: float
-    accumulate_post: float
-    constant_post: float
+    multiply_area: float
     post_constant_rows: float
     look_up: float
-    level_word: float
+    rom_area: float
+    table_energy: float
+    table_area: float
+    literal_table_energy: float
+    literal_table_area: float
     requantize: float
     add: float
     memory_read: float
+    weight_read: float
     float_multiply: float
     float_add: float
+    float_area: float
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A figure of a unit: `product X + accumulator W + constant`."""
+
+    product: float
+    accumulator: float
+    constant: float
+
+    def at(self, array: float, accumulator_bits: float) -> float:
+        """Return the figure for an array or shifter of size X and W accumulator bits."""
+        return self.product * array + self.accumulator * accumulator_bits + self.constant
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Smallest and largest bits and fan-in, both included."""
+
+    weight_bits: Range
+    input_bits: Range
+    fan_in: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is known of one arithmetic unit.
+
+    Args:
+        energy: In fJ, before the table's scale.
+        area: In gate equivalents.
+        measured: Where the two were fitted.
+        usable: Where they may be used; beyond `measured`, the report names the layer.
+    """
+
+    energy: Line
+    area: Line
+    measured: Limits
+    usable: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """The processing array of the cycle model, output-stationary.
+
+    Args:
+        rows: Output positions computed at a time.
+        columns: Output channels computed at a time.
+        weight_bits_per_cycle: Bandwidth of the weights.
+        activation_bits_per_cycle: Bandwidth of the activations.
+        clock_mhz: Clock in MHz.
+    """
+
+    rows: int
+    columns: int
+    weight_bits_per_cycle: float
+    activation_bits_per_cycle: float
+    clock_mhz: float
+
+    @property
+    def n_units(self) -> int:
+        """Multiply-accumulates that the array can do in a cycle."""
+        return self.rows * self.columns
 
 
 @dataclass(frozen=True, eq=False)
 class Hardware:
-    """A cost model: its operators, the scale of its synthesis figures, and their validity.
+    """A cost model: its operators, its units, the scale of its synthesis figures.
 
     Args:
-        name: Name of the file, without its ending.
+        name: Its name.
         operators: The operator table.
+        units: Constants of arithmetic units, by name.
+        datapaths: Units that the weights of a quantizer may use, by quantizer.
+        takes_unlisted: Whether quantizers that `datapaths` leaves out use the registered units.
+        weight_bits: Weight bits that the machine has.
+        input_bits: Input bits that the machine has.
         anchor_input_bits: Input bits of the MAC that fixes the scale.
         anchor_weight_bits: Its weight bits.
         anchor_fan_in: MACs that its accumulator holds without loss.
         anchor_pj: Its energy in pJ.
-        input_bits: Smallest and largest input bits measured.
-        fan_in: Smallest and largest number of MACs for each output measured.
-        weight_bits: Smallest and largest weight bits measured, by datapath.
+        array: The array of the cycle model; None where the file gives none.
+        latencies: Measured microseconds by layer signature and precision; None without a table.
     """
 
     name: str
     operators: Operators
+    units: tuple[tuple[str, Unit], ...]
+    datapaths: tuple[tuple[str, tuple[UnitChoice, ...]], ...]
+    takes_unlisted: bool
+    weight_bits: tuple[int, ...]
+    input_bits: tuple[int, ...]
     anchor_input_bits: int
     anchor_weight_bits: int
     anchor_fan_in: int
     anchor_pj: float
-    input_bits: Range
-    fan_in: Range
-    weight_bits: tuple[tuple[str, Range], ...]
+    array: Array | None
+    latencies: Mapping[str, Mapping[str, float]] | None = None
+
+    @cached_property
+    def _unit_of(self) -> dict[str, Unit]:
+        return dict(self.units)
+
+    def unit(self, name: str) -> Unit:
+        """Return the constants of a unit.
+
+        Raises:
+            CostError: The file has none.
+        """
+        if name not in self._unit_of:
+            msg = (
+                f"Hardware '{self.name}' has no constants for unit '{name}'. Give them under "
+                f"`units`. {did_you_mean(name, self._unit_of)}"
+            )
+            raise CostError(msg)
+        return self._unit_of[name]
 
     def uniform_fj(self, input_bits: float, weight_bits: float, accumulator_bits: float) -> float:
         """Return the unscaled energy of one integer multiply-accumulate, in fJ."""
-        op = self.operators
-        return (
-            op.multiply * input_bits * weight_bits
-            + op.accumulate_uniform * accumulator_bits
-            + op.constant_uniform
-        )
+        return self.unit("uniform").energy.at(input_bits * weight_bits, accumulator_bits)
 
     @cached_property
     def pj_per_fj(self) -> float:
@@ -105,120 +185,7 @@ class Hardware:
         """Energy of one 32-bit floating-point multiply-accumulate, in pJ."""
         return self.operators.float_multiply + self.operators.float_add
 
-    def covers(self, datapath: str, *, weight_bits: int, input_bits: int, fan_in: int) -> bool:
-        """Whether a MAC lies inside what was measured for its datapath."""
-        ranges = (dict(self.weight_bits)[datapath], self.input_bits, self.fan_in)
-        values = (weight_bits, input_bits, fan_in)
-        return all(low <= v <= high for v, (low, high) in zip(values, ranges, strict=True))
-
 
 def carry_bits(n_terms: int) -> int:
     """Bits that a sum of `n_terms` needs beyond those of one term: ceil(log2 n)."""
-    return (n_terms - 1).bit_length()
-
-
-def hardware_names() -> tuple[str, ...]:
-    """Return the names of the hardware models, sorted."""
-    folder = resources.files(__package__)
-    return tuple(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml")))
-
-
-@cache
-def load_hardware(name: str) -> Hardware:
-    """Return a hardware model by name; its file is read once.
-
-    Raises:
-        CostError: There is no such model, or its table is damaged.
-    """
-    if name not in hardware_names():
-        msg = f"There is no hardware model '{name}'. {did_you_mean(name, hardware_names())}"
-        raise CostError(msg)
-    text = resources.files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return parse_hardware(name, text)
-
-
-def parse_hardware(name: str, text: str) -> Hardware:
-    """Build a hardware model from the text of its YAML file.
-
-    Raises:
-        CostError: The text is no such table, or an operator is missing, unknown, or in another
-            unit than the formulas expect.
-    """
-    try:
-        form = _HardwareFile.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        msg = f"Hardware table '{name}' must be YAML, but is not: {error}. Mend the file."
-        raise CostError(msg) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        msg = f"Hardware table '{name}' is damaged: {place}: {first['msg']}. Mend the field."
-        raise CostError(msg) from error
-    for operator, unit in UNITS.items():
-        row = form.operators.get(operator)
-        if row is None or row.unit != unit:
-            found = "is missing" if row is None else f"is in {row.unit}"
-            msg = f"Hardware table '{name}' needs operator '{operator}' in {unit}, but it {found}."
-            raise CostError(msg)
-    unknown = sorted(set(form.operators) - set(UNITS))
-    if unknown:
-        msg = (
-            f"Hardware table '{name}' has an operator '{unknown[0]}' that no formula uses. "
-            f"{did_you_mean(unknown[0], UNITS)}"
-        )
-        raise CostError(msg)
-    return Hardware(
-        name=form.name,
-        operators=Operators(**{key: row.value for key, row in form.operators.items()}),
-        anchor_input_bits=form.anchor.input_bits,
-        anchor_weight_bits=form.anchor.weight_bits,
-        anchor_fan_in=form.anchor.fan_in,
-        anchor_pj=form.anchor.value,
-        input_bits=form.validity.input_bits,
-        fan_in=form.validity.fan_in,
-        weight_bits=(
-            ("uniform", form.validity.weight_bits.uniform),
-            ("pot", form.validity.weight_bits.pot),
-            ("post", form.validity.weight_bits.post),
-        ),
-    )
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _OperatorRow(_Strict):
-    value: float
-    unit: str
-    source: str = Field(min_length=1)
-
-
-class _Anchor(_Strict):
-    input_bits: int = Field(ge=1)
-    weight_bits: int = Field(ge=1)
-    fan_in: int = Field(ge=1)
-    value: float = Field(gt=0)
-    unit: Literal["pJ"]
-    source: str = Field(min_length=1)
-
-
-class _WeightBits(_Strict):
-    uniform: Range
-    pot: Range
-    post: Range
-
-
-class _Validity(_Strict):
-    input_bits: Range
-    fan_in: Range
-    weight_bits: _WeightBits
-
-
-class _HardwareFile(_Strict):
-    schema_: Literal["adq_search.hardware/1"] = Field(alias="schema")
-    name: str
-    description: str
-    operators: dict[str, _OperatorRow]
-    anchor: _Anchor
-    validity: _Validity
+    return (n_terms - 1).bit_length() if n_terms > 0 else 0

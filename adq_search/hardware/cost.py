@@ -1,11 +1,13 @@
-"""What a network costs under a policy: memory, bit operations and energy, layer by layer.
+"""What a network costs under a policy, layer by layer: four things kept apart, and comparisons.
 
 Cost is a pure function of the traced network and the policy, known before any training, and it
 adds up over the layers.
 
-Weights are counted by their codes alone, as HAWQ-V3 [Yao2021]_ does; what the quantizers store
-beside them (steps, codebooks, adapters) is `overhead_bytes`. Biases are in neither. Energy counts
-each stored byte read once and each input element read once for an inference, from on-chip memory.
+Compute energy, area, stored weight bits and moved activation bits are told apart; `energy_pj` joins
+compute and memory by the read energies of the hardware file, which is the named profile of that
+scalar. Weights are counted by their codes alone, as HAWQ-V3 [Yao2021]_ does; what the quantizers
+store beside them (steps, codebooks, tables, adapters) is `overhead_bytes`. Biases are in neither.
+Energy counts each stored byte read once and each input element read once for an inference.
 
 .. [Yao2021] Yao et al.: HAWQ-V3. ICML 2021.
 """
@@ -13,173 +15,30 @@ each stored byte read once and each input element read once for an inference, fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from adq_search.errors import PolicyError
-from adq_search.hardware._table import Hardware, load_hardware
-from adq_search.hardware.datapaths import WORD_BYTES, datapath_of, input_stage_of
-from adq_search.policy import LayerPrecision, Options, Policy
+from adq_search.errors import CostError, PolicyError
+from adq_search.hardware._array import array_cycles
+from adq_search.hardware._file import load_hardware
+from adq_search.hardware._latency import latency_us
+from adq_search.hardware._table import Hardware
+from adq_search.hardware.datapaths import MacJob, cheapest_mac
+from adq_search.hardware.figures import (
+    ADDITIVE,
+    OPTIONAL,
+    CostReport,
+    LayerCost,
+    TotalCost,
+    derived,
+)
+from adq_search.hardware.input_stages import WORD_BYTES, input_stage_of
+from adq_search.policy import LayerPrecision, Options, OptionValue, Policy
 from adq_search.quantizers import WEIGHT_QUANTIZERS, resolve_scheme
-from adq_search.tracing import Coverage, LayerInfo, ModelSummary
+from adq_search.tracing import LayerInfo, ModelSummary
 
 FLOAT_BITS = 32
 DEFAULT_HARDWARE = "post_asic_45nm"
-
-#: Figures that a search may minimise or limit; all are lower for a cheaper policy.
-COST_NAMES = (
-    "weight_bytes",
-    "memory_bytes",
-    "bops",
-    "energy_pj",
-    "average_bits_inner",
-    "average_bits_weighted",
-    "average_bits_layers",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCost:
-    """What one layer costs for one inference.
-
-    Args:
-        name: The layer.
-        weight_bits: Bits that a stored weight takes; 32 in floating point.
-        input_bits: Bits of an input; 32 in floating point.
-        macs: Multiply-accumulates.
-        weight_bytes: Bytes of the weight codes.
-        overhead_bytes: Bytes of steps, thresholds, codebooks and adapters.
-        bops: Bit operations: MACs x weight bits x input bits.
-        compute_pj: Energy of the multiply-accumulates.
-        requantize_pj: Energy of rescaling each output.
-        weight_memory_pj: Energy of reading all stored bytes once.
-        input_memory_pj: Energy of reading each input once.
-        quantizer_pj: Energy of what the input quantizer computes besides.
-        is_extrapolated: Whether bits or fan-in lie outside what the hardware model was fitted to.
-    """
-
-    name: str
-    weight_bits: int
-    input_bits: int
-    macs: int
-    weight_bytes: float
-    overhead_bytes: float
-    bops: float
-    compute_pj: float
-    requantize_pj: float
-    weight_memory_pj: float
-    input_memory_pj: float
-    quantizer_pj: float
-    is_extrapolated: bool
-
-    @property
-    def memory_bytes(self) -> float:
-        """Bytes of the weight codes and what is stored beside them."""
-        return self.weight_bytes + self.overhead_bytes
-
-    @property
-    def energy_pj(self) -> float:
-        """Energy of the layer, all parts."""
-        return (
-            self.compute_pj
-            + self.requantize_pj
-            + self.weight_memory_pj
-            + self.input_memory_pj
-            + self.quantizer_pj
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TotalCost:
-    """The sums over all layers, and three definitions of a network's average weight bits.
-
-    Args:
-        macs: Multiply-accumulates of one inference.
-        weight_bytes: Bytes of the weight codes.
-        overhead_bytes: Bytes of steps, thresholds, codebooks and adapters.
-        memory_bytes: Both.
-        bops: Bit operations.
-        energy_pj: Energy of one inference, the sum of the five that follow.
-        compute_pj: Of the multiply-accumulates.
-        requantize_pj: Of rescaling outputs.
-        weight_memory_pj: Of reading weights and what is stored beside them.
-        input_memory_pj: Of reading inputs.
-        quantizer_pj: Of what input quantizers compute.
-        average_bits_inner: Mean over the weights of all layers but the first and the last; over
-            all weights where there are no others.
-        average_bits_weighted: Mean over the weights of all layers.
-        average_bits_layers: Mean over the layers.
-    """
-
-    macs: int
-    weight_bytes: float
-    overhead_bytes: float
-    memory_bytes: float
-    bops: float
-    energy_pj: float
-    compute_pj: float
-    requantize_pj: float
-    weight_memory_pj: float
-    input_memory_pj: float
-    quantizer_pj: float
-    average_bits_inner: float
-    average_bits_weighted: float
-    average_bits_layers: float
-
-
-#: What adds up over layers, in the order it is shown.
-_ADDITIVE = (
-    "macs",
-    "weight_bytes",
-    "overhead_bytes",
-    "memory_bytes",
-    "bops",
-    "energy_pj",
-    "compute_pj",
-    "requantize_pj",
-    "weight_memory_pj",
-    "input_memory_pj",
-    "quantizer_pj",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CostReport:
-    """The cost of a policy, layer by layer and in total.
-
-    Args:
-        hardware: Name of the hardware model.
-        layers: In execution order.
-        total: Sums and averages.
-        coverage: Which modules of the network the figures account for.
-    """
-
-    hardware: str
-    layers: tuple[LayerCost, ...]
-    total: TotalCost
-    coverage: Coverage
-
-    @property
-    def extrapolated(self) -> tuple[str, ...]:
-        """Layers whose bits or fan-in lie outside what the hardware model was fitted to."""
-        return tuple(layer.name for layer in self.layers if layer.is_extrapolated)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON content; every layer has the additive figures of the total."""
-        rows = [
-            {"name": c.name, "weight_bits": c.weight_bits, "input_bits": c.input_bits}
-            | {figure: getattr(c, figure) for figure in _ADDITIVE}
-            for c in self.layers
-        ]
-        coverage = {key: list(names) for key, names in asdict(self.coverage).items()}
-        return {
-            "hardware": self.hardware,
-            "layers": rows,
-            "total": asdict(self.total),
-            "coverage": coverage,
-            "extrapolated": list(self.extrapolated),
-        }
 
 
 def cost(
@@ -190,11 +49,11 @@ def cost(
     Args:
         summary: The traced network.
         policy: A precision for each of its layers.
-        hardware: A hardware model or its name.
+        hardware: A hardware model, its name, or the path of its YAML file.
 
     Raises:
         PolicyError: The policy names other layers than the network has, or an unknown scheme.
-        CostError: The hardware model does not exist, or has no figures for a quantizer.
+        CostError: The hardware model does not exist, or cannot run a layer.
         QuantizerError: An option of the policy does not exist.
     """
     model = load_hardware(hardware) if isinstance(hardware, str) else hardware
@@ -204,22 +63,30 @@ def cost(
         raise PolicyError(msg)
     precisions = dict(policy.layers)
     layers = tuple(layer_cost(i, precisions[i.name], policy.options, model) for i in summary.layers)
-    sums = {figure: sum(getattr(c, figure) for c in layers) for figure in _ADDITIVE}
+    names = [*ADDITIVE, "area_macs"]
+    names += [name for name in OPTIONAL if getattr(layers[0], name) is not None]
+    # Layer by layer, as `CostTable` adds them up: the two agree to the last bit.
+    sums = dict.fromkeys(names, 0.0)
+    for layer in layers:
+        for name in names:
+            sums[name] += getattr(layer, name)
+    array = model.array
+    figures: dict[str, Any] = dict.fromkeys(("cycles", "utilisation", "latency_us"))
+    figures |= sums | derived(sums, array.n_units if array else None)
+    for whole in ("macs", "activation_bits", "quantizer_ops"):
+        figures[whole] = int(sums[whole])
+    del figures["area_macs"]
     bits = [c.weight_bits for c in layers]
     n_weights = [i.n_weights for i in summary.layers]
     inner = slice(1, -1) if len(layers) > 2 else slice(None)
     total = TotalCost(
-        **sums,
+        **figures,
         average_bits_inner=_mean(bits[inner], n_weights[inner]),
         average_bits_weighted=_mean(bits, n_weights),
         average_bits_layers=_mean(bits, [1] * len(bits)),
+        largest_area_ge=max(c.area_ge for c in layers),
     )
     return CostReport(model.name, layers, total, summary.coverage)
-
-
-def total_of(report: CostReport) -> dict[str, float]:
-    """Return every total figure by name; `COST_NAMES` are among them."""
-    return asdict(report.total)
 
 
 @lru_cache(maxsize=65536)
@@ -235,66 +102,139 @@ def layer_cost(
         info: The traced layer.
         precision: Its bits and scheme. The EMA momentum does not matter.
         options: Options by quantizer, as in `Policy.options`.
-        hardware: A hardware model or its name.
+        hardware: A hardware model, its name, or the path of its YAML file.
 
     Raises:
         PolicyError: The scheme is unknown.
-        CostError: The hardware model does not exist, or has no figures for a quantizer.
+        CostError: The hardware model does not exist, or cannot run the layer; the text names the
+            layer and the remedy.
         QuantizerError: An option does not exist.
     """
     model = load_hardware(hardware) if isinstance(hardware, str) else hardware
     if precision.weight_bits is None or precision.input_bits is None:
-        return _float_cost(info, model)
+        return _float_cost(info, precision, model)
+    _check_bits(info, precision, model)
     scheme = resolve_scheme(precision.scheme)
     weight_options = dict(dict(options).get(scheme.weight, ()))
-    stored_bits = WEIGHT_QUANTIZERS[scheme.weight].storage_bits(
-        precision.weight_bits, **weight_options
-    )
+    quantizer = WEIGHT_QUANTIZERS[scheme.weight]
+    stored_bits = quantizer.storage_bits(precision.weight_bits, **weight_options)
     input_bits = precision.input_bits
-    mac = datapath_of(scheme.weight)(info, precision.weight_bits, input_bits, weight_options, model)
-    work = input_stage_of(scheme.input)(info, input_bits, mac.accumulator_bits, model)
-    weight_bytes = info.n_weights * stored_bits / 8
-    overhead_bytes = mac.n_words * WORD_BYTES + work.stored_bytes
-    rescale_bits = int(model.operators.requantize)
-    rescale_fj = model.uniform_fj(
-        mac.accumulator_bits, rescale_bits, mac.accumulator_bits + rescale_bits
+    job = MacJob(
+        layer=info.name,
+        quantizer=scheme.weight,
+        weight_bits=precision.weight_bits,
+        input_bits=input_bits,
+        fan_in=info.fan_in,
+        n_sharing=info.out_channels // info.groups,
+        options=weight_options,
     )
-    per_bit_pj = model.operators.memory_read
+    mac = cheapest_mac(job, model)
+    width = mac.widths.accumulator
+    work = input_stage_of(scheme.input)(info, input_bits, width, model)
+    weight_bytes = info.n_weights * stored_bits / 8
+    n_words = _n_words(scheme.weight, info, precision.weight_bits, weight_options)
+    overhead_bytes = n_words * WORD_BYTES + work.stored_bytes + mac.table_bits / 8
+    activation_bits = info.n_input_reads * input_bits
+    rescale_bits = int(model.operators.requantize)
+    rescale_fj = model.uniform_fj(width, rescale_bits, width + rescale_bits)
     return LayerCost(
         name=info.name,
+        datapath=mac.datapath,
         weight_bits=stored_bits,
         input_bits=input_bits,
+        product_bits=mac.widths.product,
+        accumulator_bits=width,
         macs=info.macs,
         weight_bytes=weight_bytes,
         overhead_bytes=overhead_bytes,
+        activation_bits=activation_bits,
         bops=info.macs * stored_bits * input_bits,
-        compute_pj=info.macs * mac.mac_pj,
+        qops=info.macs * max(stored_bits, input_bits) / FLOAT_BITS,
+        ebops=info.macs * mac.effective_bits * input_bits,
+        area_ge=mac.area_ge,
+        compute_pj=info.macs * mac.mac_pj + info.n_input_reads * mac.input_pj,
         requantize_pj=info.n_output_writes * (rescale_fj * model.pj_per_fj + mac.output_pj),
-        weight_memory_pj=(weight_bytes + overhead_bytes) * 8 * per_bit_pj,
-        input_memory_pj=info.n_input_reads * input_bits * per_bit_pj,
+        weight_memory_pj=(weight_bytes + overhead_bytes) * 8 * model.operators.weight_read,
+        input_memory_pj=info.n_input_reads * input_bits * model.operators.memory_read,
         quantizer_pj=work.energy_pj,
+        quantizer_ops=work.n_operations,
+        **_timing(info, precision, 8 * (weight_bytes + overhead_bytes), activation_bits, model),
+        is_exact=mac.is_exact,
         is_extrapolated=not mac.is_measured,
     )
 
 
-def _float_cost(info: LayerInfo, hardware: Hardware) -> LayerCost:
+def _float_cost(info: LayerInfo, precision: LayerPrecision, hardware: Hardware) -> LayerCost:
     weight_bytes = info.n_weights * FLOAT_BITS / 8
-    per_bit_pj = hardware.operators.memory_read
+    activation_bits = info.n_input_reads * FLOAT_BITS
     return LayerCost(
         name=info.name,
+        datapath="float",
         weight_bits=FLOAT_BITS,
         input_bits=FLOAT_BITS,
+        product_bits=FLOAT_BITS,
+        accumulator_bits=FLOAT_BITS,
         macs=info.macs,
         weight_bytes=weight_bytes,
         overhead_bytes=0.0,
+        activation_bits=activation_bits,
         bops=info.macs * FLOAT_BITS * FLOAT_BITS,
+        qops=float(info.macs),
+        ebops=info.macs * FLOAT_BITS * FLOAT_BITS,
+        area_ge=hardware.operators.float_area,
         compute_pj=info.macs * hardware.float_mac_pj,
         requantize_pj=0.0,
-        weight_memory_pj=weight_bytes * 8 * per_bit_pj,
-        input_memory_pj=info.n_input_reads * FLOAT_BITS * per_bit_pj,
+        weight_memory_pj=weight_bytes * 8 * hardware.operators.weight_read,
+        input_memory_pj=activation_bits * hardware.operators.memory_read,
         quantizer_pj=0.0,
+        quantizer_ops=0,
+        **_timing(info, precision, 8 * weight_bytes, activation_bits, hardware),
+        is_exact=True,
         is_extrapolated=False,
     )
+
+
+def _check_bits(info: LayerInfo, precision: LayerPrecision, hardware: Hardware) -> None:
+    """Refuse bits that the machine does not have."""
+    for key, bits, allowed in (
+        ("weight_bits", precision.weight_bits, hardware.weight_bits),
+        ("input_bits", precision.input_bits, hardware.input_bits),
+    ):
+        if bits not in allowed:
+            msg = (
+                f"`{info.name}` asks for {bits} bits (`{key}`), but hardware '{hardware.name}' has "
+                f"{', '.join(map(str, allowed))}. Take {bits} out of the space's `{key}`, or "
+                "choose hardware that has it."
+            )
+            raise CostError(msg)
+
+
+def _n_words(quantizer: str, info: LayerInfo, bits: int, options: dict[str, OptionValue]) -> int:
+    """Return the 16-bit words beside the codes: codebook levels, or steps and thresholds."""
+    kind = WEIGHT_QUANTIZERS[quantizer]
+    if kind.has_codebook:
+        return kind.n_levels(bits, **options)
+    is_shared = kind.resolve_options(options).get("granularity") == "tensor"
+    return 1 if is_shared else info.out_channels
+
+
+def _timing(
+    info: LayerInfo,
+    precision: LayerPrecision,
+    stored_bits: float,
+    activation_bits: int,
+    hardware: Hardware,
+) -> dict[str, float | None]:
+    array = hardware.array
+    cycles = utilisation = microseconds = None
+    if array is not None:
+        cycles = array_cycles(info, stored_bits, activation_bits, array)
+        utilisation = info.macs / (cycles * array.n_units)
+        microseconds = cycles / array.clock_mhz
+    if hardware.latencies is not None:
+        once = latency_us(info, precision, hardware.latencies, hardware.name)
+        microseconds = once * (info.n_input_reads / info.n_inputs)
+    return {"cycles": cycles, "utilisation": utilisation, "latency_us": microseconds}
 
 
 def _mean(values: Sequence[float], weights: Sequence[float]) -> float:

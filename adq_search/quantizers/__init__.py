@@ -6,6 +6,7 @@
 from adq_search.quantizers._base import (
     INPUT_QUANTIZERS,
     WEIGHT_QUANTIZERS,
+    ErrorFloor,
     InputQuantizer,
     Quantizer,
     QuantizerHealth,
@@ -18,6 +19,7 @@ from adq_search.quantizers.lsq import LsqInput, LsqWeight
 from adq_search.quantizers.n2uq import N2uqInput
 from adq_search.quantizers.post import PostWeight
 from adq_search.quantizers.pot import PotWeight
+from adq_search.quantizers.root import RootWeight
 from adq_search.quantizers.schemes import (
     SCHEMES,
     Scheme,
@@ -34,6 +36,7 @@ __all__ = [
     "Adapter",
     "AdqWeight",
     "AsqInput",
+    "ErrorFloor",
     "InputQuantizer",
     "LsqInput",
     "LsqWeight",
@@ -43,6 +46,7 @@ __all__ = [
     "Quantizer",
     "QuantizerHealth",
     "Registry",
+    "RootWeight",
     "Scheme",
     "WeightQuantizer",
     "check_options",

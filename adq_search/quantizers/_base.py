@@ -43,6 +43,20 @@ class QuantizerHealth:
     dead_levels: int
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorFloor:
+    """Where more bits stop helping a weight quantizer.
+
+    Args:
+        useful_bits: Most bits worth spending: beyond them, uniform levels of the same bits have
+            less error on Gaussian and on Laplace weights.
+        snr_db: Signal-to-noise ratio of Gaussian weights that no number of bits passes.
+    """
+
+    useful_bits: int
+    snr_db: float
+
+
 class Quantizer(nn.Module, ABC):
     """One way of mapping values onto few levels.
 
@@ -88,7 +102,8 @@ class Quantizer(nn.Module, ABC):
                 known = cls.option_values or {"none": ()}
                 msg = f"Quantizer '{cls.name}' has no option '{option}'. "
                 raise QuantizerError(msg + did_you_mean(option, known))
-            if value not in cls.option_values[option]:
+            # By type too: True is no 1.
+            if (type(value), value) not in [(type(v), v) for v in cls.option_values[option]]:
                 allowed = [str(v) for v in cls.option_values[option]]
                 msg = f"Option '{option}' of quantizer '{cls.name}' cannot be {value!r}. "
                 raise QuantizerError(msg + did_you_mean(str(value), allowed))
@@ -254,6 +269,12 @@ class WeightQuantizer(Quantizer):
             msg = f"Quantizer '{self.name}' has no codebook: leave ema_momentum={ema_momentum} out."
             raise QuantizerError(msg)
         self.weight_shape = tuple(weight_shape)
+
+    @classmethod
+    def error_floor(cls, **options: OptionValue) -> ErrorFloor | None:
+        """Return where more bits stop helping; None where each bit gains its 5 to 6 dB."""
+        cls.resolve_options(options)
+        return None
 
     def _group_shape(self) -> tuple[int, ...]:
         """Shape of a parameter with one entry a group: () or (out, 1, ..., 1)."""

@@ -15,6 +15,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -73,6 +74,11 @@ class ClippedPowerWeight(WeightQuantizer):
 
     def _unit_levels(self, dtype: torch.dtype) -> Tensor:
         """Levels for alpha = 1, # shape: (n_levels,)."""
+        snapped = self.options.get("sqrt_half", "exact")
+        if snapped != "exact":
+            root = float(Fraction(str(snapped)))
+            whole, rest = self.exponents.to(dtype) // 2, self.exponents.to(dtype) % 2
+            return self.signs.to(dtype) * torch.exp2(-whole) * torch.where(rest == 1, root, 1.0)
         return self.signs.to(dtype) * torch.exp2(self.exponents.to(dtype) * -self.log2_base)
 
     def _fit(self, values: Tensor) -> None:

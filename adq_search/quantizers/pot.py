@@ -6,7 +6,8 @@ References:
 
 from __future__ import annotations
 
-from adq_search.quantizers._base import WEIGHT_QUANTIZERS
+from adq_search.policy import OptionValue
+from adq_search.quantizers._base import WEIGHT_QUANTIZERS, ErrorFloor
 from adq_search.quantizers._clipped import ClippedPowerWeight
 
 
@@ -20,3 +21,9 @@ class PotWeight(ClippedPowerWeight):
 
     name = "pot"
     log2_base = 1.0
+
+    @classmethod
+    def error_floor(cls, **options: OptionValue) -> ErrorFloor | None:
+        """Return where more bits stop helping."""
+        cls.resolve_options(options)
+        return ErrorFloor(useful_bits=4, snr_db=14.2)

@@ -8,6 +8,9 @@ _PREFIXED: dict[str, tuple[tuple[float, str], ...]] = {
     "bytes": ((1024.0**2, "MiB"), (1024.0, "KiB"), (1.0, "B")),
     "pj": ((1e9, "mJ"), (1e6, "µJ"), (1e3, "nJ"), (1.0, "pJ")),
     "ops": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
+    "bits": ((1e6, "Mbit"), (1e3, "kbit"), (1.0, "bit")),
+    "us": ((1e6, "s"), (1e3, "ms"), (1.0, "µs")),
+    "ge": ((1.0, "GE"),),
 }
 _TITLES = {
     "accuracy": "validation accuracy",
@@ -20,6 +23,15 @@ _TITLES = {
     "bops": "bit operations",
     "macs": "multiply-accumulates",
     "energy_pj": "energy per inference",
+    "compute_pj": "energy of multiply-accumulates",
+    "stored_bits": "stored bits",
+    "activation_bits": "activation bits moved",
+    "mean_area_ge": "area of a unit, mean over MACs",
+    "largest_area_ge": "area of the largest unit",
+    "qops": "quantized operations (32-bit equivalents)",
+    "ebops": "effective bit operations",
+    "cycles": "cycles on the array",
+    "latency_us": "measured latency",
     "average_bits_inner": "average weight bits, inner layers",
     "average_bits_weighted": "average weight bits, all weights",
     "average_bits_layers": "average weight bits, over layers",
@@ -38,6 +50,9 @@ _SHORT_TITLES = {
     "average_bits_weighted": "bits",
     "average_bits_layers": "bits, layers",
 }
+
+
+_COUNTS = {"bops", "macs", "qops", "ebops", "cycles"}
 
 
 class Unit(NamedTuple):
@@ -59,7 +74,7 @@ def short_title_of(name: str) -> str:
 
 def unit_of(name: str, largest: float) -> Unit:
     """Return the unit that shows values up to `largest` with few digits."""
-    kind = "ops" if name in {"bops", "macs"} else name.rsplit("_", 1)[-1]
+    kind = "ops" if name in _COUNTS else name.rsplit("_", 1)[-1]
     for factor, symbol in _PREFIXED.get(kind, ()):
         if abs(largest) >= factor:
             return Unit(factor, symbol)

@@ -1,0 +1,44 @@
+"""The codebook by bins: inputs are summed per level, levels multiply once per output.
+
+After PASM (Garland and Gregg, TACO 2018): no multiplier in the inner loop, but a register for every
+level, and a pass over the levels at the end.
+"""
+
+from __future__ import annotations
+
+from adq_search.hardware._table import Hardware
+from adq_search.hardware.datapaths._base import Datapath, MacJob, Widths
+from adq_search.hardware.datapaths._registry import register_datapath
+
+
+@register_datapath("codebook_bins")
+class CodebookBins(Datapath):
+    """One adder and 2^b_w registers of W bits, of which one is clocked.
+
+        X = 2^b_w W        W = b_a + ceil(log2 N)
+
+    Args:
+        level_bits: Bits of a level word, 8 or fewer.
+    """
+
+    name = "codebook_bins"
+
+    def __init__(self, level_bits: int = 8) -> None:
+        self.level_bits = level_bits
+
+    def widths(self, job: MacJob) -> Widths:
+        accumulator = job.input_bits + job.carry_bits
+        return Widths(job.input_bits, accumulator, n_accumulators=job.n_words)
+
+    def array_size(self, job: MacJob) -> float:
+        widths = self.widths(job)
+        return widths.n_accumulators * widths.accumulator
+
+    def output_fj(self, job: MacJob, hardware: Hardware) -> float:
+        # One multiply-accumulate of a bin by its level word, for each level.
+        width = self.widths(job).accumulator
+        one = hardware.uniform_fj(width, self.level_bits, width + self.level_bits)
+        return job.n_words * one
+
+    def effective_bits(self, job: MacJob) -> int:
+        return self.level_bits
