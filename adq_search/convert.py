@@ -42,7 +42,7 @@ from adq_search.quantizers import (
     check_precision,
     make_quantizers,
 )
-from adq_search.tracing import parametric_layers
+from adq_search.tracing import evaluation_mode, parametric_layers
 
 Inputs = Tensor | tuple[Tensor, ...]
 
@@ -173,7 +173,7 @@ def measure_health(model: nn.Module, batch: Inputs) -> HealthRecord:
             seen[name] = layer.input_quantizer.health(args[0])
 
     layers = quantized_layers(model)
-    with _evaluation(model), _watching(layers, look):
+    with evaluation_mode(model), _watching(layers, look):
         _run(model, batch)
     record = {
         name: LayerHealth(
@@ -216,7 +216,7 @@ def reestimate_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> None:
         msg = "Batch-norm re-estimation needs at least one batch, but there is none. Give some."
         raise TaskError(msg)
     momenta = [norm.momentum for norm in norms]
-    with _evaluation(model):
+    with evaluation_mode(model):
         try:
             for norm in norms:
                 norm.reset_running_stats()
@@ -240,7 +240,7 @@ def _calibrate(
                 quantizer.initialize_(args[0])
 
     layers = {name: layer for name, (layer, _) in chosen.items()}
-    with _evaluation(model), _watching(layers, fit):
+    with evaluation_mode(model), _watching(layers, fit):
         _run(model, batch)
     unreached = [name for name, (_, q) in chosen.items() if not q.is_initialized]
     if unreached:
@@ -271,17 +271,6 @@ def _watching(layers: Mapping[str, nn.Module], look: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _run(model: nn.Module, batch: Inputs) -> None:

@@ -208,7 +208,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> ModelSummar
     """
     inputs = example if isinstance(example, tuple) else (example,)
     witness = _Witness()
-    with _evaluation_mode(model), _plain_attention(), torch.no_grad(), ExitStack() as hooks:
+    with evaluation_mode(model), _plain_attention(), torch.no_grad(), ExitStack() as hooks:
         for name, module in _outer_modules(model):
             hooks.enter_context(module.register_forward_pre_hook(partial(_enter, witness)))
             leave = partial(_leave, witness, name)
@@ -350,7 +350,8 @@ def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode, and each of its modules back into its own."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -240,6 +240,16 @@ def split_indices(n: int, sizes: tuple[int, ...], *, seed: int) -> list[Tensor]:
     return list(order[: sum(sizes)].split(sizes))
 
 
+def split_tensors(
+    inputs: Tensor, targets: Tensor, sizes: tuple[int, int, int], *, seed: int
+) -> tuple[TensorPart, TensorPart, TensorPart]:
+    """Return disjoint random train, validation and test parts of the given sizes."""
+    train, validation, test = (
+        TensorPart(inputs[at], targets[at]) for at in split_indices(len(inputs), sizes, seed=seed)
+    )
+    return train, validation, test
+
+
 def _order(n: int, seed: int | None) -> Tensor:
     if seed is None:
         return torch.arange(n)

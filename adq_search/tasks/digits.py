@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adq_search.tasks._base import Task, TeacherRecipe, TensorPart, split_indices
+from adq_search.tasks._base import Task, TeacherRecipe, split_tensors
 from adq_search.tasks._registry import register_task
 from adq_search.tasks.networks import small_resnet
 
@@ -20,10 +20,7 @@ def digits() -> Task:
     data = load_digits()
     inputs = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
     targets = torch.tensor(data.target)
-    train, validation, test = (
-        TensorPart(inputs[i], targets[i])
-        for i in split_indices(len(inputs), _PARTS, seed=_SPLIT_SEED)
-    )
+    train, validation, test = split_tensors(inputs, targets, _PARTS, seed=_SPLIT_SEED)
     return Task(
         name="digits",
         make_network=small_resnet,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from adq_search.errors import MissingExtraError
-from adq_search.tasks._base import Task, TeacherRecipe, TensorPart, split_indices
+from adq_search.tasks._base import Task, TeacherRecipe, split_tensors
 from adq_search.tasks._registry import register_task
 from adq_search.tasks.networks import small_resnet
 
@@ -28,10 +28,7 @@ def mnist5k() -> Task:
     pixels, labels = mnist_data()
     inputs = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255.0
     targets = torch.tensor(labels)
-    train, validation, test = (
-        TensorPart(inputs[i], targets[i])
-        for i in split_indices(len(inputs), _PARTS, seed=_SPLIT_SEED)
-    )
+    train, validation, test = split_tensors(inputs, targets, _PARTS, seed=_SPLIT_SEED)
     return Task(
         name="mnist5k",
         make_network=small_resnet,
