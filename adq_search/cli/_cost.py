@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torchvision import models
 
 from adq_search.convert import check_policy_fits
 from adq_search.errors import PolicyError, TaskError, did_you_mean
@@ -81,6 +80,8 @@ def _network(reference: str, shape: str | None) -> tuple[nn.Module, torch.Tensor
     example = _example(shape)
     library, _, name = reference.partition(":")
     if library == "torchvision":
+        from torchvision import models  # noqa: PLC0415  # a second to import: only when asked for
+
         if name not in models.list_models():
             msg = f"torchvision has no model '{name}'. {did_you_mean(name, models.list_models())}"
             raise TaskError(msg)

@@ -1,6 +1,9 @@
-"""Networks and data: shipped tasks by name, your own as `package.module:factory`."""
+"""Networks and data: tasks by name, your own as `package.module:factory`.
 
-from adq_search.tasks import cifar10, digits, imagenet, mnist5k
+Shipped tasks are found like anybody's, by the entry-point group `adq_search.tasks`: a data set's
+library is imported when its task is asked for.
+"""
+
 from adq_search.tasks._base import (
     Batch,
     DatasetPart,
@@ -15,7 +18,6 @@ from adq_search.tasks._registry import (
     TaskFactory,
     import_object,
     load_task,
-    register_task,
     task_names,
 )
 
@@ -28,13 +30,8 @@ __all__ = [
     "TeacherRecipe",
     "TensorPart",
     "as_part",
-    "cifar10",
-    "digits",
-    "imagenet",
     "import_object",
     "load_task",
-    "mnist5k",
-    "register_task",
     "split_indices",
     "task_names",
 ]

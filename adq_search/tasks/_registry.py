@@ -1,4 +1,4 @@
-"""Find a task: by a shipped name, by an entry point, or as `package.module:factory`."""
+"""Find a task: by the name of an entry point, or as `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,12 @@ from adq_search.errors import TaskError, did_you_mean
 from adq_search.tasks._base import Task
 
 TaskFactory = Callable[..., Task]
-_FACTORIES: dict[str, TaskFactory] = {}
 ENTRY_POINT_GROUP = "adq_search.tasks"
-
-
-def register_task(name: str) -> Callable[[TaskFactory], TaskFactory]:
-    """Register a factory under a name; loud on collision."""
-
-    def register(factory: TaskFactory) -> TaskFactory:
-        if name in _FACTORIES:
-            msg = f"A task named '{name}' is registered already. Choose another name."
-            raise TaskError(msg)
-        _FACTORIES[name] = factory
-        return factory
-
-    return register
 
 
 def task_names() -> list[str]:
     """Return the names of shipped and installed tasks."""
-    return sorted({*_FACTORIES, *(e.name for e in entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)})
 
 
 def load_task(reference: str, options: Mapping[str, Any] | None = None) -> Task:
@@ -63,8 +49,6 @@ def load_task(reference: str, options: Mapping[str, Any] | None = None) -> Task:
 def _find_factory(reference: str) -> TaskFactory:
     if ":" in reference:
         return import_object(reference, TaskError, what="task")  # type: ignore[no-any-return]
-    if reference in _FACTORIES:
-        return _FACTORIES[reference]
     for entry in entry_points(group=ENTRY_POINT_GROUP, name=reference):
         return entry.load()  # type: ignore[no-any-return]
     msg = f"There is no task '{reference}'. {did_you_mean(reference, task_names())}"

