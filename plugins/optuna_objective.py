@@ -16,7 +16,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from adq_search.errors import StorageError
 from adq_search.plan import Plan, check_fingerprint
-from adq_search.policy import Policy
 from adq_search.session import Session
 from adq_search.space import Parameter
 from adq_search.trial import TrialResult
@@ -168,12 +167,6 @@ def result_of(trial: FrozenTrial) -> TrialResult | None:
     """Return what a trial measured, None while it runs or where it measured nothing itself."""
     stored = trial.user_attrs.get("result")
     return None if stored is None else TrialResult.from_json(stored)
-
-
-def policy_of(trial: FrozenTrial) -> Policy | None:
-    """Return the policy a finished trial measured."""
-    result = result_of(trial)
-    return None if result is None else result.policy
 
 
 def _live_trials(study: Study) -> list[FrozenTrial]:
