@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -44,6 +44,8 @@ class SearchSettings(StrictModel):
         seeds: Policies the prior proposes.
         prior_samples: Training samples the prior looks at.
         hardware: Cost model.
+        sampler: Who proposes policies after the seeds: `guide`, or one of Optuna's `tpe`, `nsga2`,
+            `gp` and `random`.
         seed: Of everything random.
     """
 
@@ -54,6 +56,7 @@ class SearchSettings(StrictModel):
     seeds: Annotated[int, Field(ge=0)] = 8
     prior_samples: Annotated[int, Field(ge=1)] = 256
     hardware: str = "post_asic_45nm"
+    sampler: Literal["guide", "tpe", "nsga2", "gp", "random"] = "tpe"
     seed: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("budgets", mode="before")

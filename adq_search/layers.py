@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from adq_search.quantizers import InputQuantizer, WeightQuantizer
+from adq_search.quantizers import InputQuantizer, WeightQuantizer, made_again
 
 
 class QuantLayer(nn.Module):
@@ -38,7 +38,8 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
         """Return the convolution. # shape: (N, out, length)."""
         weight: Tensor = self.weight_quantizer(self.weight)
         values: Tensor = self.input_quantizer(input)
-        out: Tensor = self._conv_forward(values, weight, self.bias)
+        with made_again(values):
+            out: Tensor = self._conv_forward(values, weight, self.bias)
         return out
 
 
@@ -49,7 +50,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         """Return the convolution. # shape: (N, out, height, width)."""
         weight: Tensor = self.weight_quantizer(self.weight)
         values: Tensor = self.input_quantizer(input)
-        out: Tensor = self._conv_forward(values, weight, self.bias)
+        with made_again(values):
+            out: Tensor = self._conv_forward(values, weight, self.bias)
         return out
 
 
@@ -65,7 +67,10 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product. # shape: (N, ..., out)."""
-        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        weight: Tensor = self.weight_quantizer(self.weight)
+        values: Tensor = self.input_quantizer(input)
+        with made_again(values):
+            return F.linear(values, weight, self.bias)
 
 
 QUANTIZED_CLASSES: Mapping[type[nn.Module], type[QuantLayer]] = {

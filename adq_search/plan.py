@@ -111,7 +111,7 @@ def _fingerprint(
     job: Job, task: Task, summary: ModelSummary, space: SearchSpace, hardware: Hardware
 ) -> dict[str, str]:
     search = job.search.model_dump(
-        mode="json", exclude={"trials", "prior", "seeds", "prior_samples", "hardware"}
+        mode="json", exclude={"trials", "prior", "seeds", "prior_samples", "sampler", "hardware"}
     )
     recipe = {
         "training": job.training.model_dump(mode="json"),

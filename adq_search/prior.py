@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -102,42 +103,72 @@ def propose_seeds(
     n: int,
     budgets: Mapping[str, float] | None = None,
 ) -> tuple[Proposal, ...]:
-    """Return up to n different policies of the sweep, spread evenly over the logarithm of cost.
+    """Return up to n different policies: a front for training to start from.
+
+    Without budgets, policies of the sweep, spread evenly over the logarithm of cost. With budgets,
+    the best policy that meets them comes first, then the best ones for budgets that shrink
+    together, slowly at first: many near the limits, the last at the bottom.
 
     Args:
         space: Which policies exist.
         summary: The traced network.
         table: Predicted loss increases.
-        cost_name: The cost figure to spread over.
+        cost_name: The cost figure to spread over, and to report.
         hardware: Cost model.
-        n: How many; fewer come where the sweep has fewer.
-        budgets: Upper limits that every proposal meets. Where no policy of the sweep does, the one
-            policy of `allocate` is returned.
+        n: How many; fewer come where fewer are different.
+        budgets: Upper limits that every proposal meets.
 
     Raises:
         BudgetError: No policy of the space meets the budgets.
     """
-    sweep: Sequence[Proposal] = lagrangian_sweep(space, summary, table, cost_name, hardware)
     if budgets:
-        for name, limit in budgets.items():
-            figure = _layer_figure(space, summary, name, hardware)
-            sweep = [
-                p
-                for p in sweep
-                if is_within(math.fsum(figure(layer, c) for layer, c in p.policy), limit)
-            ]
-        if not sweep:
-            return (allocate(space, summary, table, budgets, hardware, cost_name=cost_name),)
+        return _seeds_within(space, summary, table, budgets, hardware, cost_name, n)
     if n < 1:
         return ()
+    sweep = lagrangian_sweep(space, summary, table, cost_name, hardware)
     if len(sweep) <= n:
-        return tuple(sweep)
+        return sweep
     position = np.log([max(p.cost, 1e-300) for p in sweep])
     chosen: set[int] = set()
     for target in np.linspace(position[0], position[-1], n):
         nearest = np.argsort(np.abs(position - target), kind="stable")
         chosen.add(next(int(i) for i in nearest if int(i) not in chosen))
     return tuple(sweep[i] for i in sorted(chosen))
+
+
+def _seeds_within(
+    space: SearchSpace,
+    summary: ModelSummary,
+    table: SensitivityTable,
+    budgets: Mapping[str, float],
+    hardware: Hardware | str,
+    cost_name: str,
+    n: int,
+) -> tuple[Proposal, ...]:
+    """Return the best policies for the budgets and for less of each.
+
+    A budget of share t lies at low (limit / low)^t, from its least reachable value to its limit.
+    """
+    check_budgets(space, summary, budgets, hardware)
+    losses = _losses(space, table)
+    reported = _costs(space, summary, cost_name, hardware)
+    costs = {name: _costs(space, summary, name, hardware) for name in budgets}
+    found: dict[Policy, Proposal] = {}
+    places = [i / max(n - 1, 1) for i in range(n)]
+    between = [(a + b) / 2 for a, b in pairwise(places)]  # asked where shares found the same
+    for place in (*places, *between):
+        if len(found) == n:
+            break
+        share = 1.0 - place**2
+        limits = []
+        for name, limit in budgets.items():
+            low = math.fsum(min(row) for row in costs[name])
+            limits.append((costs[name], low * (limit / low) ** share if low else limit * share))
+        chosen = choose(losses, limits)
+        if chosen is not None:  # less of each may be out of reach where all is not
+            proposal = _proposal(space, table, reported, chosen)
+            found.setdefault(proposal.policy, proposal)
+    return tuple(sorted(found.values(), key=lambda proposal: proposal.predicted))
 
 
 def check_budgets(
@@ -174,7 +205,9 @@ def check_budgets(
         assert cheapest is not None, "the budgets before this one can be met together"
         low = sum_at(costs[name], cheapest)
         if not is_within(low, limit):
-            _, high = cost_range(space, summary, name, hardware)
+            dearest = choose([[-cost for cost in row] for row in costs[name]], within)
+            assert dearest is not None, "the cheapest meets them too"
+            high = sum_at(costs[name], dearest)
             others = ", ".join(f"{n} <= {budgets[n]:.6g}" for n in list(budgets)[: len(within)])
             msg = (
                 f"No policy of the space meets {name} <= {limit:.6g} together with {others}: "
@@ -227,6 +260,7 @@ def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> f
     return float(spearmanr(predicted, measured).statistic)
 
 
+@lru_cache(maxsize=4096)
 def _precisions(group: Group) -> tuple[LayerPrecision, ...]:
     """Return the group's precisions, with one momentum: no prior tells momenta apart."""
     return tuple(dict.fromkeys(group.with_median_momentum(p) for p in group.choices))

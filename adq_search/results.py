@@ -1,20 +1,25 @@
-"""From what a host ran to the folder of results: test accuracy of the front, policies, report."""
+"""From what a host ran to the folder of results: the front tested, run in integers, reported."""
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
+from adq_search.errors import AdqSearchWarning, IntegerError, StorageError
 from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
+from adq_search.integer import lower, verify
 from adq_search.policy import save_policy
-from adq_search.prior import rank_correlation
+from adq_search.prior_quality import prior_quality
 from adq_search.provenance import provenance
 from adq_search.report import (
     FrontReport,
+    IntegerCheck,
     TrialRecord,
     full_precision_point,
     least_violating,
@@ -26,12 +31,16 @@ from adq_search.report import (
 from adq_search.session import Session
 from adq_search.store import load_quantized
 from adq_search.training import evaluate
+from adq_search.trial import fingerprint_of, weights_of
+
+#: Validation samples on which a kept policy must run in integers as it was measured.
+INTEGER_SAMPLES = 200
 
 
 def write_outcome(
     session: Session, outcome: HostOutcome, options: HostOptions, *, started: float
 ) -> FrontReport:
-    """Measure the final front on the test part, and write everything a run leaves behind.
+    """Measure the final front on the test part and in integers, and write what a run leaves behind.
 
     The test part is touched here and nowhere else. Baselines are tested too, so that front and
     baselines can be compared; weights of other policies are removed.
@@ -51,7 +60,17 @@ def write_outcome(
     front = select_front(records, search.axes, search.budgets)
     shown = front or least_violating(records, search.budgets, len(records))
     kept = _distinct([*shown, *uniform_records(records)])
-    tested = {r.policy_hash: _test_accuracy(session, r) for r in kept if r.is_complete}
+    tested: dict[str, float] = {}
+    in_integers: dict[str, IntegerCheck] = {}
+    integers_s = 0.0
+    for record in kept:
+        if record.is_complete:
+            name = record.policy_hash
+            network = load_quantized(plan.task, record.policy, session.weights_file(record.policy))
+            tested[name] = evaluate(network, plan.task.test).accuracy
+            tested_at = time.perf_counter()
+            in_integers[name] = _check_integers(session, name, network)
+            integers_s += time.perf_counter() - tested_at
     made = provenance(seed=search.seed)
     for record in kept:
         save_policy(
@@ -84,6 +103,7 @@ def write_outcome(
         ),
         test_accuracies=tested,
         kept_weights=tested.keys(),
+        integer_checks=in_integers,
         n_rejected=outcome.n_rejected,
         n_repeated=outcome.n_repeated,
         prior=_prior_quality(session, records),
@@ -91,7 +111,8 @@ def write_outcome(
             **session.seconds,
             "trials": math.fsum(t.result.wall_s for t in outcome.trials),
             "training": training_s,
-            "test": time.perf_counter() - began,
+            "test": time.perf_counter() - began - integers_s,
+            "integers": integers_s,
             "run": time.perf_counter() - started,
         },
     )
@@ -138,10 +159,26 @@ def _distinct(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     return list({record.policy_hash: record for record in records}.values())
 
 
-def _test_accuracy(session: Session, record: TrialRecord) -> float:
-    file = session.weights_file(record.policy)
-    network = load_quantized(session.plan.task, record.policy, file)
-    return evaluate(network, session.plan.task.test).accuracy
+def _check_integers(session: Session, policy_hash: str, network: nn.Module) -> IntegerCheck:
+    """Lower a trained network and compare it with itself, code by code and class by class."""
+    result = session.result_of_hash(policy_hash)
+    measured = None if result is None else result.weights_fingerprint
+    if measured not in (None, fingerprint_of(weights_of(network))):
+        return IntegerCheck(False, 0, "The weights file holds other weights than were measured.")
+    task = session.plan.task
+    inputs = next(task.validation.batches(INTEGER_SAMPLES)).inputs
+    try:
+        integer = lower(network, task.calibration(INTEGER_SAMPLES, seed=0))
+    except IntegerError as error:
+        return IntegerCheck(None, 0, str(error))
+    found = verify(network, integer, [inputs])
+    if found.is_verified:
+        return IntegerCheck(True, found.samples)
+    reason = (
+        f"Of {found.codes} codes {found.unexplained} differ and are no ties; of {found.samples} "
+        f"samples {found.other_classes} get another class."
+    )
+    return IntegerCheck(False, found.samples, reason)
 
 
 def _remove_other_weights(session: Session, *, keep: Iterable[str]) -> None:
@@ -152,19 +189,20 @@ def _remove_other_weights(session: Session, *, keep: Iterable[str]) -> None:
 
 
 def _prior_quality(session: Session, records: list[TrialRecord]) -> dict[str, Any] | None:
-    """Say how well the prior ranked its own proposals: predicted loss increase against KL."""
-    predicted = {s.policy.hash: s.predicted for s in session.seeds if s.predicted is not None}
-    if not predicted:
+    """Say how well the prior ranked what was measured; None where there is none to judge."""
+    seeds = {s.policy.hash for s in session.seeds if s.predicted is not None}
+    if not seeds:
         return None
-    pairs = [
-        (predicted[r.policy_hash], r.kl)
-        for r in records
-        if r.policy_hash in predicted and r.kl is not None
-    ]
-    correlation = rank_correlation([p for p, _ in pairs], [k for _, k in pairs])
+    try:
+        table = session.sensitivity()
+    except StorageError as error:  # written by another version: a report does not fail for it
+        warnings.warn(f"The prior is not judged. {error}", AdqSearchWarning, stacklevel=2)
+        return None
+    space = session.plan.space
+    measured = {r.policy_hash: (r.policy, r.kl) for r in records if r.kl is not None}
+    of_seeds = [pair for name, pair in measured.items() if name in seeds]
     return {
-        "estimator": session.plan.job.search.prior,
-        "n_seeds": len(predicted),
-        "n_measured": len(pairs),
-        "rank_correlation": None if math.isnan(correlation) else correlation,
+        **prior_quality(space, table, list(measured.values())).to_json(),
+        "n_seeds": len(seeds),
+        "seeds_rank_correlation": prior_quality(space, table, of_seeds).rank_correlation,
     }

@@ -21,12 +21,14 @@ from adq_search.plan import Plan, check_fingerprint, plan
 from adq_search.policy import Policy
 from adq_search.prior import propose_seeds
 from adq_search.progress import NoProgress, Progress
-from adq_search.sensitivity import SensitivityTable, sensitivity_table
+from adq_search.sensitivity import SensitivityEstimator, SensitivityTable, sensitivity_table
 from adq_search.teacher import load_weights_, make_teacher
 from adq_search.training import EpochProgress, Evaluation, Monitor, evaluate
 from adq_search.trial import TrialResult, run_trial, weights_of
 
 SCHEMA = "adq_search.session/1"
+#: What the prior measured, beside the session's other files.
+SENSITIVITY_FILE = "sensitivity.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,10 @@ class Session:
             return None
         return TrialResult.from_json(read_json(file, StorageError, what="trial"))
 
+    def sensitivity(self) -> SensitivityTable:
+        """Return what the prior predicts; read back from the folder where it was measured."""
+        return measure_sensitivity(self.plan, self.teacher, file=self.folder / SENSITIVITY_FILE)
+
     def origin_of(self, policy: Policy) -> str:
         """Return who proposed a policy: a seed's origin, or `sampler`."""
         return next((s.origin for s in self.seeds if s.policy == policy), "sampler")
@@ -131,7 +137,7 @@ def prepare(planned: Plan, folder: Path, progress: Progress | None = None) -> Se
     )
     teacher = Teacher(network, planned.task)
     trained = time.perf_counter()
-    seeds = _seeds(planned, teacher, heard)
+    seeds = _seeds(planned, teacher, folder, heard)
     seconds = {"teacher": trained - start, "prior": time.perf_counter() - trained}
     full_precision = evaluate(network, planned.task.validation)
     state = weights_of(network)
@@ -188,12 +194,12 @@ def reopen(folder: Path, planned: Plan | None = None) -> Session:
     )
 
 
-def _seeds(planned: Plan, teacher: Teacher, progress: Progress) -> tuple[Seed, ...]:
+def _seeds(planned: Plan, teacher: Teacher, folder: Path, progress: Progress) -> tuple[Seed, ...]:
     """Return uniform baselines and the prior's proposals, no policy twice."""
     settings = planned.job.search
     proposals = [Seed(p, origin) for origin, p in planned.space.uniform_policies().items()]
     if settings.prior is not None and settings.seeds > 0:
-        table = measure_sensitivity(planned, teacher, progress)
+        table = measure_sensitivity(planned, teacher, progress, file=folder / SENSITIVITY_FILE)
         found = propose_seeds(
             planned.space,
             planned.summary,
@@ -219,19 +225,52 @@ def _distinct(seeds: list[Seed]) -> Iterator[Seed]:
 
 
 def measure_sensitivity(
-    planned: Plan, teacher: Teacher, progress: Progress | None = None
+    planned: Plan,
+    teacher: Teacher,
+    progress: Progress | None = None,
+    *,
+    file: Path | None = None,
+    estimator: str | SensitivityEstimator | None = None,
+    budget_s: float | None = None,
 ) -> SensitivityTable:
-    """Ask the job's prior how much loss each precision of each layer costs."""
+    """Ask a prior how much loss each precision of each layer costs.
+
+    Args:
+        planned: The job.
+        teacher: Its full-precision network.
+        progress: Hears of the pieces of work, and of the time they take once the first is done.
+        file: Where finished pieces are kept and found again; None for nowhere.
+        estimator: Who estimates; None for the job's prior, or Fisher information without one.
+        budget_s: Seconds after which no new sample begins.
+
+    Raises:
+        SensitivityError: A score is no finite number, or the budget is too small.
+        StorageError: The file was measured on something else.
+    """
     settings = planned.job.search
     heard = progress or NoProgress()
     n = min(settings.prior_samples, len(planned.task.train))
     batch = next(planned.task.train.batches(n, seed=settings.seed))
+    note = ""
+
+    def tell_eta(seconds: float) -> None:
+        nonlocal note
+        note = f"about {seconds:.3g} s left"
+
+    def tell(done: int, total: int) -> None:
+        nonlocal note
+        heard.update("sensitivity", done, total, note)
+        note = ""
+
     return sensitivity_table(
-        settings.prior or "fisher",
+        estimator or settings.prior or "fisher",
         teacher.network,
         batch.inputs,
         batch.targets,
         planned.space,
         seed=settings.seed,
-        on_progress=lambda done, total: heard.update("sensitivity", done, total),
+        on_progress=tell,
+        on_eta=tell_eta,
+        budget_s=budget_s,
+        file=file,
     )

@@ -45,7 +45,9 @@ __all__ = [
     "SearchSpace",
     "SpaceSpec",
     "has_codebook",
+    "params_of_group",
     "parse_space",
+    "precision_of",
 ]
 
 Value = int | float | str
@@ -201,21 +203,15 @@ class SearchSpace:
         """
         known = {p.name for p in self.parameters}
         if known != set(params):
-            parts = [
-                f"{what}: {', '.join(sorted(names))}"
-                for what, names in (
-                    ("missing", known - set(params)),
-                    ("unknown", set(params) - known),
-                )
-                if names
-            ]
+            wrong = {"missing": known - set(params), "unknown": set(params) - known}
+            parts = [f"{what}: {', '.join(sorted(n))}" for what, n in wrong.items() if n]
             msg = (
                 f"These parameters belong to another search space ({'; '.join(parts)}). Start a "
                 "new study for this space."
             )
             raise SpaceError(msg)
-        precisions = {g.name: _precision_of(g, params) for g in self.groups if g.pinned is None}
-        return self.policy_from(precisions)
+        searched = [g for g in self.groups if g.pinned is None]
+        return self.policy_from({g.name: precision_of(g, params) for g in searched})
 
     def params_of(self, policy: Policy) -> Params:
         """Return the parameters of a policy of this space.
@@ -237,13 +233,7 @@ class SearchSpace:
         for group in self.groups:
             for layer in group.layers:
                 _check_inside(group, layer, policy[layer], policy[group.layers[0]])
-            precision = policy[group.layers[0]]
-            for what, parameter in _dimensions(group).items():
-                if len(parameter.values) > 1:
-                    value = _READ[what](precision)
-                    is_idle = what == "ema_momentum" and value is None
-                    used = parameter.values[0] if is_idle else value
-                    params[parameter.name] = parameter.encode(used)
+            params |= params_of_group(group, policy[group.layers[0]])
         return params
 
     def uniform_policies(self) -> dict[str, Policy]:
@@ -310,7 +300,19 @@ def _are_even(values: tuple[Value, ...]) -> bool:
     return len(steps) <= 1
 
 
-def _precision_of(group: Group, params: Mapping[str, Value]) -> LayerPrecision:
+def params_of_group(group: Group, precision: LayerPrecision) -> Params:
+    """Return the parameters of one group's precision; none where the group is pinned."""
+    params: Params = {}
+    for what, parameter in _dimensions(group).items():
+        if len(parameter.values) > 1:
+            value = _READ[what](precision)
+            is_idle = what == "ema_momentum" and value is None
+            params[parameter.name] = parameter.encode(parameter.values[0] if is_idle else value)
+    return params
+
+
+def precision_of(group: Group, params: Mapping[str, Value]) -> LayerPrecision:
+    """Return the precision of a searched group that a host's parameters stand for."""
     chosen: dict[str, Any] = {
         what: p.decode(params[p.name]) if len(p.values) > 1 else p.values[0]
         for what, p in _dimensions(group).items()

@@ -85,7 +85,7 @@ class Group:
 
     def with_median_momentum(self, precision: LayerPrecision) -> LayerPrecision:
         """Return the precision with the group's middle momentum, where it takes one."""
-        if not has_codebook(precision.scheme):
+        if self.pinned is not None or not has_codebook(precision.scheme):
             return precision
         return replace(precision, ema_momentum=self.ema_momenta[(len(self.ema_momenta) - 1) // 2])
 

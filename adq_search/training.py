@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from adq_search.distill import DistillationSettings, Teacher, distillation_loss, kl_to_teacher
 from adq_search.progress import Progress
-from adq_search.quantizers import Quantizer
+from adq_search.stacking import Stack
 from adq_search.tasks import Part, Task
 from adq_search.validation import StrictModel
 
@@ -143,40 +143,97 @@ def fit(
         seed: Of data order and augmentation.
     """
     watch = monitor or Silent()
-    optimizer = torch.optim.SGD(
-        _parameter_groups(network, settings),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0.0,
-    )
-    steps = settings.epochs * math.ceil(len(task.train) / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    guide = teacher if settings.distillation.enabled else None
-    generator = torch.Generator().manual_seed(seed)
-    network.train()
+    means = epoch_losses(network, task, settings, teacher=teacher, seed=seed)
     mean_loss = math.nan
-    for epoch in range(1, settings.epochs + 1):
-        total, n = torch.zeros(()), 0
-        for batch in task.train.batches(settings.batch_size, seed=_epoch_seed(seed, epoch)):
-            if task.augment is not None:
-                batch = batch._replace(inputs=task.augment(batch.inputs, generator))
-            answers = None if guide is None else guide.logits(batch)
-            loss = distillation_loss(
-                network(batch.inputs), batch.targets, answers, settings.distillation
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.detach() * len(batch.inputs)
-            n += len(batch.inputs)
-        mean_loss = float(total / n)
+    for epoch, (mean_loss,) in enumerate(means, start=1):
         if not math.isfinite(mean_loss):
             return FitOutcome(epoch, mean_loss, is_finite=False, was_stopped=False)
         watch.report(epoch, mean_loss)
         if epoch < settings.epochs and watch.should_stop():
             return FitOutcome(epoch, mean_loss, is_finite=True, was_stopped=True)
     return FitOutcome(settings.epochs, mean_loss, is_finite=True, was_stopped=False)
+
+
+def fit_stack(
+    stack: Stack, task: Task, settings: TrainingSettings, *, teacher: Teacher | None, seed: int
+) -> list[FitOutcome]:
+    """Train several networks at once, each as `fit` would within rounding.
+
+    A network whose loss is not finite any more is trained on with the others; its outcome is that
+    of the epoch where it happened.
+
+    Args:
+        stack: Trained in place.
+        task: Gives data and augmentation.
+        settings: The recipe.
+        teacher: Distil from it, as `settings.distillation` says.
+        seed: Of data order and augmentation.
+
+    Returns:
+        One outcome a network, in the stack's order.
+    """
+    means = list(epoch_losses(stack, task, settings, teacher=teacher, seed=seed))
+    return [_outcome(losses) for losses in zip(*means, strict=True)]
+
+
+def _outcome(losses: Sequence[float]) -> FitOutcome:
+    for epoch, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            return FitOutcome(epoch, loss, is_finite=False, was_stopped=False)
+    return FitOutcome(len(losses), losses[-1], is_finite=True, was_stopped=False)
+
+
+def epoch_losses(
+    network: nn.Module,
+    task: Task,
+    settings: TrainingSettings,
+    *,
+    teacher: Teacher | None,
+    seed: int,
+) -> Iterator[list[float]]:
+    """Train epoch by epoch; yield the mean training loss of each network after each epoch.
+
+    Args:
+        network: Returns logits, # shape: (N, classes), or (K, N, classes) if it is K networks.
+        task: Gives data and augmentation.
+        settings: The recipe.
+        teacher: Distil from it, as `settings.distillation` says.
+        seed: Of data order and augmentation.
+    """
+    optimizer = torch.optim.SGD(
+        _parameter_groups(network, settings),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0.0,
+        fused=True,
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    n_steps = settings.epochs * math.ceil(len(task.train) / settings.batch_size)
+    step = 0
+    guide = teacher if settings.distillation.enabled else None
+    generator = torch.Generator().manual_seed(seed)
+    network.train()
+    for epoch in range(1, settings.epochs + 1):
+        sums: list[Tensor] = []
+        for batch in task.train.batches(settings.batch_size, seed=_epoch_seed(seed, epoch)):
+            if task.augment is not None:
+                batch = batch._replace(inputs=task.augment(batch.inputs, generator))
+            answers = None if guide is None else guide.logits(batch)
+            logits: Tensor = network(batch.inputs)
+            losses = torch.stack(
+                [
+                    distillation_loss(own, batch.targets, answers, settings.distillation)
+                    for own in (logits if logits.ndim == 3 else [logits])
+                ]
+            )
+            optimizer.zero_grad()
+            losses.sum().backward()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1.0 + math.cos(math.pi * step / n_steps)) / 2.0
+            optimizer.step()
+            step += 1
+            sums.append(losses.detach() * len(batch.inputs))
+        yield (torch.stack(sums).sum(dim=0) / len(task.train)).tolist()
 
 
 @torch.no_grad()
@@ -233,10 +290,11 @@ def _parameter_groups(network: nn.Module, settings: TrainingSettings) -> list[di
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for module in network.modules():
-        if isinstance(module, Quantizer):
-            for parameter in module.parameters():
+        factor = getattr(module, "learning_rate_factor", None)  # quantizers, alone or stacked
+        for parameter in module.parameters() if factor is not None else ():
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
-                key = (settings.learning_rate * module.learning_rate_factor, 0.0)
+                key = (settings.learning_rate * factor, 0.0)
                 groups.setdefault(key, []).append(parameter)
     own = [p for p in network.parameters() if id(p) not in seen]
     groups.setdefault((settings.learning_rate, settings.weight_decay), []).extend(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from adq_search.convert import apply_policy_, measure_health, reestimate_batch_norm_
 from adq_search.distill import Teacher
+from adq_search.integer import snap_codebooks_
 from adq_search.policy import Policy
 from adq_search.tasks import Task
 from adq_search.training import (
@@ -44,6 +46,8 @@ class TrialResult:
             rest is conversion, calibration and cost.
         health: Steps of wrong sign, saturation, dead levels; per layer and in total.
         reason: Why it diverged or stopped.
+        weights_fingerprint: Of the weights that were measured, see `fingerprint_of`; None in
+            results of versions that did not take it.
     """
 
     policy: Policy
@@ -57,6 +61,7 @@ class TrialResult:
     train_s: float
     health: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    weights_fingerprint: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; NaN never appears, a missing figure is null."""
@@ -84,7 +89,9 @@ def run_trial(
     """Train the network under `policy` from the teacher's weights, and measure it.
 
     The result depends on the policy, the task, the teacher, the settings and the seed, and on
-    nothing that ran before it in the process.
+    nothing that ran before it in the process. What is measured is what is deployed: after
+    training, codebooks are rounded to integer level words, batch norms are re-estimated for the
+    rounded levels, and only then accuracy is taken.
 
     Args:
         policy: Precision of every parametric layer.
@@ -122,13 +129,18 @@ def run_trial(
             reason="stopped by the monitor" if outcome.was_stopped else None,
         )
         if outcome.is_finite:
+            snap_codebooks_(network)
             reestimate_batch_norm_(network, training_inputs(task, settings, seed=seed))
             measured = evaluate(network, task.validation, teacher)
             trained = time.perf_counter()
             health = measure_health(
                 network, task.calibration(settings.calibration_samples, seed=seed)
             )
-            draft = replace(_judged(draft, measured, task), health=asdict(health))
+            draft = replace(
+                _judged(draft, measured, task),
+                health=asdict(health),
+                weights_fingerprint=fingerprint_of(weights_of(network)),
+            )
         else:
             trained = time.perf_counter()
             reason = f"the training loss became {outcome.loss} in epoch {outcome.epochs}"
@@ -162,3 +174,12 @@ def _shallow(result: TrialResult) -> dict[str, Any]:
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
     """Return what a weights file holds: every parameter and buffer, contiguous, on the CPU."""
     return {k: v.detach().cpu().contiguous().clone() for k, v in network.state_dict().items()}
+
+
+def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
+    """Return 16 hexadecimal digits of the names, shapes and bytes of `weights_of` a network."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]

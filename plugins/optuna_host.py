@@ -34,6 +34,7 @@ from adq_search.plugins.optuna_objective import (
     measuring,
     result_of,
 )
+from adq_search.plugins.optuna_sampler import make_sampler
 from adq_search.progress import NoProgress, Progress
 from adq_search.session import Session, reopen
 
@@ -43,7 +44,7 @@ _MAX_IDLE_DRAWS = 300
 
 
 class OptunaHost:
-    """Runs a session as an Optuna study with multivariate TPE."""
+    """Runs a session as an Optuna study."""
 
     def check(self, plan: Plan, folder: Path, options: HostOptions) -> None:
         """Refuse a study that exists unasked, belongs to another job, or cannot be shared."""
@@ -153,9 +154,9 @@ def _journal_file(folder: Path) -> Path:
 
 
 def _sampler(session: Session, index: int, *, n_before: int) -> optuna.samplers.BaseSampler:
-    """Return the plain baseline: multivariate TPE, each worker and each resumption its own seed."""
+    """Return the job's sampler, each worker and each resumption with its own seed."""
     seed = session.plan.job.search.seed + 1_000 * index + 1_000_000 * n_before
-    return optuna.samplers.TPESampler(multivariate=True, seed=seed % 2**32)
+    return make_sampler(session, seed=seed % 2**32)
 
 
 def _work(

@@ -74,6 +74,7 @@ def test_a_run_leaves_everything_behind(finished):
         assert {"macs", "weight_bytes", "bops", "energy_pj"} <= set(point["cost"])
         assert (folder / point["weights_file"]).exists()
         if point["policy_hash"]:
+            assert (point["integer_verified"], point["integer_samples"]) == (True, 30)
             policy = load_policy(folder / point["policy_file"])
             assert policy.hash == point["policy_hash"]
             assert point["policy_file"] == f"policies/{policy.hash}.json"

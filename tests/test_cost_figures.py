@@ -20,6 +20,11 @@ from adq_search.hardware import (
     signature_of,
     total_of,
 )
+from adq_search.hardware.datapaths import Codebook, CodebookBins
+from adq_search.hardware.input_stages import SCALE_BYTES, asq
+from adq_search.integer import _factor
+from adq_search.integer._fixed import CARRIER_BITS, MULTIPLIER_BITS, SUM_BITS
+from adq_search.integer.words import LEVEL_BITS
 from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.prior import check_budgets, cost_range
 from adq_search.space import SearchSpace
@@ -65,9 +70,9 @@ def test_the_four_figures_by_hand(summary):
     assert depthwise.area_ge == pytest.approx(5.80 * 12 + 11.33 * 11 - 8)
     assert pointwise.area_ge == pytest.approx(1.62 * 7 * 3 + 19.23 * 13 + 8)
     # a table of 8 words of 8 bits beside the multiplier
-    assert last.area_ge == pytest.approx(5.80 * 32 + 11.33 * 24 + 10.47 + 0.3114 * 64)
+    assert last.area_ge == pytest.approx(6.7566 * 32 + 11.7942 * 24 - 49.9924 + 2.1486 * 8 * 8**0.5)
     assert [c.activation_bits for c in report.layers] == [1536, 6144, 8192, 10240]
-    assert first.stored_bits == 864 * 8 + 33 * 16
+    assert first.stored_bits == 864 * 8 + 33 * 32
     total = report.total
     assert total.largest_area_ge == first.area_ge
     macs = [c.macs for c in report.layers]
@@ -131,6 +136,17 @@ def test_depthwise_layers_of_mobilenet_fill_one_column():
     assert all(c.utilisation <= 1 / 16 for c in depthwise)
     assert max(c.utilisation for c in report.layers) > 0.9
     assert report.extrapolated == ()  # nine terms were measured too
+
+
+def test_widths_are_those_of_the_integer_network():
+    """One truth: what `adq_search.integer` computes with is what is charged."""
+    operators = load_hardware("post_asic_45nm").operators
+    assert operators.requantize == MULTIPLIER_BITS == 8 * SCALE_BYTES
+    assert (asq.ADAPTER_BITS, asq.VALUE_BITS) == (_factor.WEIGHT_BITS, _factor.VALUE_BITS)
+    assert asq.FACTOR_BITS == _factor.FACTOR_BITS
+    assert asq.RECIPROCAL_BITS == SUM_BITS
+    assert operators.carrier == CARRIER_BITS
+    assert Codebook().level_bits == CodebookBins().level_bits == LEVEL_BITS
 
 
 OWN = """
@@ -211,6 +227,44 @@ def test_what_the_table_lacks_is_named_before_training(summary, tmp_path):
             {},
             "uniform_asic_45nm",
         )
+
+
+def test_a_run_on_hardware_that_lacks_bits_ends_before_training(tmp_path, monkeypatch, capsys):
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "task: tests.tiny:make\n"
+        "space: {default: {weight_bits: [2, 3, 4], input_bits: [4], schemes: [lsq]}}\n"
+        "training: {epochs: 1, batch_size: 10}\n"
+        "search: {trials: 2, hardware: uniform_asic_45nm}\n"
+    )
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["adq-search", "run", str(space), "--out", str(out)])
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+
+    assert stop.value.code == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "asks for 3 bits (`weight_bits`), but hardware 'uniform_asic_45nm' has 2, 4, 8." in told
+    assert "Take 3 out of the space's `weight_bits`" in told
+    assert not list(out.rglob("trials.csv"))
+
+
+def test_a_policy_file_is_priced(summary, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "policy.json"
+    network = trace(models.get_model("squeezenet1_1"), torch.zeros(1, 3, 64, 64))
+    policy = Policy.uniform(network.names, LayerPrecision(4, 4, "asq"))
+    path.write_text(json.dumps(policy.to_json()))
+    words = "cost --model torchvision:squeezenet1_1 --input 3x64x64 --json --policy"
+    monkeypatch.setattr("sys.argv", ["adq-search", *words.split(), str(path)])
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+
+    assert stop.value.code in (None, 0)
+    content = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in content["layers"]] == list(network.names)
+    assert content["total"] == total_of(cost(network, policy))
 
 
 def test_hardware_without_array_has_no_cycles(summary, tmp_path):

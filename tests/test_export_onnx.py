@@ -10,7 +10,16 @@ from torch import nn
 
 from adq_search.convert import apply_policy_, quantized_layers
 from adq_search.errors import MissingExtraError, StorageError
-from adq_search.export import compare_onnx, run_onnx, write_onnx, write_qonnx
+from adq_search.export import (
+    compare,
+    graph_form,
+    onnxruntime_form,
+    qonnx_form,
+    run_onnx,
+    write_integer_onnx,
+    write_onnx,
+    write_qonnx,
+)
 from adq_search.policy import LayerPrecision, Policy
 from adq_search.tasks.networks import small_resnet
 from tests.test_export_package import INPUTS, SCHEMES, trained
@@ -18,6 +27,9 @@ from tests.test_export_package import INPUTS, SCHEMES, trained
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+#: Inputs of a sample in each quantized layer of `network`.
+SIZES = {"0": 3 * 8 * 8, "3": 8 * 8 * 8, "6": 8 * 8 * 8, "10": 9 * 3 * 3}
 
 
 def session(file, *, optimized=False):
@@ -192,23 +204,20 @@ def test_exporting_leaves_the_network_as_it_is(tmp_path):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_agreement_counts_codes_layer_by_layer(tmp_path):
+def test_codes_are_read_inside_the_graph_layer_by_layer(tmp_path):
     model, _, _ = trained(LayerPrecision(4, 4, "lsq"))
     file = tmp_path / "model.onnx"
     write_onnx(file, model, INPUTS[:2])
-    same = compare_onnx(file, model, INPUTS)
-    assert list(same.layers) == list(quantized_layers(model))
-    assert all(layer.n_different == 0 for layer in same.layers.values())
-    assert [layer.n_codes for layer in same.layers.values()] == [
-        40 * 3 * 8 * 8,
-        40 * 8 * 8 * 8,
-        40 * 8 * 8 * 8,
-        40 * 81,
-    ]
-    assert same.n_same_class == same.n_samples == 40
-    assert same.largest_error < 1e-5
+    assert graph_form(file) == "onnx"
+    same = compare(model, onnxruntime_form(file), INPUTS.split(16))
+    assert same.is_verified
+    assert same.sums == {}
+    assert same.codes.samples == 40
+    assert same.codes.largest_logit_error < 1e-5
+    counts = {name: 40 * n for name, n in SIZES.items()}
+    assert {name: layer.codes for name, layer in same.codes.layers.items()} == counts
 
-    # Inputs half as large in the second layer only: its codes differ, those before do not.
+    # Inputs half as large in the third layer only: its codes differ, those before do not.
     other = onnx.load(file)
     (scale,) = (
         c for c in other.graph.initializer if c.name.startswith("6/input_") and "scale" in c.name
@@ -216,24 +225,63 @@ def test_agreement_counts_codes_layer_by_layer(tmp_path):
     doubled = 2 * onnx.numpy_helper.to_array(scale)
     scale.CopyFrom(onnx.numpy_helper.from_array(doubled, scale.name))
     onnx.save(other, file)
-    changed = compare_onnx(file, model, INPUTS)
-    different = {name: layer.n_different for name, layer in changed.layers.items()}
-    assert different["0"] == 0
-    assert different["10"] > 0
-    assert changed.largest_error > 1e-3
+    changed = compare(model, onnxruntime_form(file), [INPUTS]).codes
+    assert not changed.is_verified
+    assert changed.layers["0"].unexplained == changed.layers["0"].downstream == 0
+    assert changed.layers["6"].unexplained > 0
+    assert changed.layers["10"].downstream > 0
+
+
+@pytest.mark.parametrize("scheme", ["asq_post", pytest.param("post+n2uq", marks=pytest.mark.slow)])
+def test_qonnx_codes_are_read_too(scheme, tmp_path):
+    pytest.importorskip("qonnx")
+    model, _, _ = trained(SCHEMES[scheme])
+    file = tmp_path / "model.onnx"
+    write_qonnx(file, model, INPUTS[:2])
+    assert graph_form(file) == "qonnx"
+    same = compare(model, qonnx_form(file), [INPUTS[:6]])  # in three parts of two samples
+    assert same.is_verified
+    assert {name: layer.codes for name, layer in same.codes.layers.items()} == {
+        name: 6 * n for name, n in SIZES.items()
+    }
+
+
+@pytest.mark.parametrize("scheme", ["asq", pytest.param("post+n2uq", marks=pytest.mark.slow)])
+def test_integer_graphs_are_compared_with_int64_sums(scheme, tmp_path):
+    model, _, _ = trained(SCHEMES[scheme])
+    file = tmp_path / "model.onnx"
+    write_integer_onnx(file, model, INPUTS[:2])
+    assert graph_form(file) == "integer"
+    same = compare(model, onnxruntime_form(file), [INPUTS])
+    assert same.is_verified
+    assert same.codes.unexplained == same.different_sums == 0
+    assert list(same.sums) == list(quantized_layers(model))
 
 
 def test_what_is_no_graph_of_this_network_is_refused(tmp_path):
     model, _, _ = trained(LayerPrecision(4, 4, "lsq"))
     file = tmp_path / "model.onnx"
     write_qonnx(file, model, INPUTS[:2])
-    with pytest.raises(StorageError, match="no codes of layer '0'"):
-        compare_onnx(file, model, INPUTS)
     with pytest.raises(StorageError, match="onnxruntime .* cannot run .*model.onnx"):
         run_onnx(file, INPUTS)
+    write_onnx(file, model, INPUTS[:2])
+    with pytest.raises(StorageError, match=r"does not take inputs of shape \(2, 1, 8, 8\)"):
+        compare(trained_on_grey(), onnxruntime_form(file), [torch.rand(2, 1, 8, 8)])
+    plain = onnx.load(file)
+    for node in plain.graph.node:
+        node.name = ""
+    onnx.save(plain, file)
+    with pytest.raises(StorageError, match="holds no codes of quantized layers"):
+        onnxruntime_form(file)
     file.write_bytes(b"no graph")
     with pytest.raises(StorageError, match="cannot be read"):
-        compare_onnx(file, model, INPUTS)
+        onnxruntime_form(file)
+
+
+def trained_on_grey():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2))
+    policy = Policy.of(dict.fromkeys(("0", "2"), LayerPrecision(4, 4, "lsq")))
+    return apply_policy_(network, policy, torch.rand(4, 1, 8, 8)).eval()
 
 
 def test_a_network_that_torch_cannot_export_is_refused(tmp_path):

@@ -19,9 +19,11 @@ from adq_search.errors import PolicyError, StorageError
 from adq_search.export import (
     INPUT_FORMS,
     WEIGHT_FORMS,
+    compare,
     load_package_,
     pack,
     packed_bytes,
+    read_vectors,
     unpack,
     write_package,
 )
@@ -219,6 +221,56 @@ def test_packing_is_undone_and_leaves_no_gaps(bits, data):
     assert unpack(packed, bits, len(codes)).tolist() == codes
     stream = sum(code << (i * bits) for i, code in enumerate(codes))
     assert int.from_bytes(packed.numpy().tobytes(), "little") == stream
+
+
+def test_every_entry_of_the_description_is_explained(tmp_path):
+    """Names speak for themselves, or stand under `fields`; lists of words are the reading."""
+    model, policy, summary = trained(SCHEMES["asq_post"], {"post": {"sqrt_half": "45/64"}})
+    about = {"name": "mine", "options": {"n": 3}}
+    description = write_package(tmp_path, model, policy, summary, samples=INPUTS[:2], task=about)
+    assert description["task"] == about
+    explained = {name.strip() for key in description["fields"] for name in key.split(",")}
+    plain = {"schema", "reading", "fields", "tensors_sha256", "total", "provenance", "vectors"}
+    assert set(description) <= explained | plain
+    row = description["layers"][1]
+    plain = {"name", "kind", "is_float", "weight", "input", "output_shape"}
+    assert {f"layers.{key}" for key in set(row) - plain} <= explained
+    for part in ("weight", "input"):
+        plain = {"quantizer", "options", "shape"}
+        assert {f"{part}.{key}" for key in set(row[part]) - plain} <= explained
+    told = " ".join(description["reading"])
+    for word in ("least significant first", "row-major", "little-endian", "codes.<k>"):
+        assert word in told
+
+
+def test_test_vectors_hold_codes_and_outputs_of_the_exported_network(written, tmp_path):
+    model, policy, summary, _, _ = written
+    description = write_package(tmp_path, model, policy, summary, samples=INPUTS[:3])
+    assert description["vectors"]["samples"] == 3
+    held = load_file(tmp_path / "vectors.safetensors")
+    assert {"inputs", "outputs"} < set(held)
+    rows = {row["name"]: row for row in description["layers"] if not row["is_float"]}
+    assert {key for key in held if ".codes." in key} == {f"{name}.codes.0" for name in rows}
+    for name, row in rows.items():
+        codes = held[f"{name}.codes.0"]
+        assert codes.shape == (3, *row["input_shape"])
+        assert row["input"]["lowest"] <= codes.min() <= codes.max() <= row["input"]["highest"]
+    inputs, outcome = read_vectors(tmp_path)
+    assert torch.equal(inputs, INPUTS[:3])
+    loaded = load_package_(network(), tmp_path)
+    agreement = compare(loaded, lambda _: outcome, [inputs])
+    assert agreement.is_verified
+    assert agreement.codes.ties == agreement.codes.largest_logit_error == 0
+
+
+def test_damaged_vectors_are_refused(tmp_path):
+    model, policy, summary = trained(SCHEMES["lsq"])
+    write_package(tmp_path / "without", model, policy, summary)
+    assert read_vectors(tmp_path / "without") is None
+    write_package(tmp_path, model, policy, summary, samples=INPUTS[:3])
+    (tmp_path / "vectors.safetensors").write_bytes(b"other")
+    with pytest.raises(StorageError, match=r"vectors.safetensors is not the file"):
+        read_vectors(tmp_path)
 
 
 def test_packing_in_parts_is_packing_at_once(monkeypatch):

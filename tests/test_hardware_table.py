@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
+from dataclasses import replace
 from importlib import resources
 
 import pytest
 import yaml
 
 from adq_search.errors import CostError
-from adq_search.hardware import hardware_names, layer_cost, load_hardware, parse_hardware
+from adq_search.hardware import (
+    _file,
+    _latency,
+    hardware_names,
+    layer_cost,
+    load_hardware,
+    parse_hardware,
+)
 from adq_search.policy import LayerPrecision
 from adq_search.tracing import LayerInfo
 
@@ -33,7 +43,7 @@ def test_an_unknown_hardware_model_gets_the_nearest_name():
     [
         pytest.param("unit: fJ/bit^2", "unit: pJ/bit^2", "'multiply' in fJ.*is in pJ", id="unit"),
         pytest.param("    unit: fJ/bit^2\n", "", "'multiply' in fJ.*is in no unit", id="unit-less"),
-        pytest.param("  look_up:", "  look_down:", "'look_up' in factor.*missing", id="gone"),
+        pytest.param("  rom_energy:", "  rom:", "'rom_energy' in fJ/bit.*missing", id="gone"),
         pytest.param(
             "  add: ",
             "  addd: {value: 1, unit: fJ, source: x}\n  add: ",
@@ -57,7 +67,7 @@ def test_an_unknown_hardware_model_gets_the_nearest_name():
             "{value: 16, unit: units,", "{value: 0, unit: units,", "rows.value.*greater", id="rows"
         ),
         pytest.param(
-            "fan_in: [9, 9216]", "fan_in: [9216, 9]", r"measured.fan_in': a range runs", id="range"
+            "fan_in: [4, 9216]", "fan_in: [9216, 4]", r"measured.fan_in': a range runs", id="range"
         ),
         pytest.param(
             "pot: [{unit: pot}", "pot: [{unit: pto}", "`datapaths.pot`: .*mean 'pot'", id="no unit"
@@ -132,6 +142,62 @@ def test_own_hardware_is_a_path_and_may_extend_a_shipped_one(tmp_path):
     own.write_text("extends: post_asic_45mn\nname: mine\n")
     with pytest.raises(CostError, match=r"extends 'post_asic_45mn'.*mean 'post_asic_45nm'"):
         load_hardware(str(own))
+
+
+def indented(text, begin):
+    """The indented block of a docstring that begins with some words."""
+    lines = text[text.index(f"    {begin}") :].splitlines()
+    block = itertools.takewhile(lambda line: line.startswith("    "), lines)
+    return textwrap.dedent("\n".join(block)) + "\n"
+
+
+def test_the_documented_files_are_hardware(tmp_path):
+    """The examples in the docstrings of the two formats, as a user would copy them."""
+    (tmp_path / "my_chip.yaml").write_text(indented(_file.__doc__, "extends:"))
+    (tmp_path / "my_chip.csv").write_text(indented(_latency.__doc__, "signature,unit"))
+
+    model = load_hardware(str(tmp_path / "my_chip.yaml"))
+
+    assert (model.name, model.weight_bits, model.input_bits) == ("my_chip", (4, 8), (8,))
+    assert model.operators.weight_read == 1.56
+    assert model.unit("uniform").energy.product == 4.9
+    assert not model.takes_unlisted
+    signature = "conv2d w64x64x3x3 g1 i64x56x56 o64x56x56"
+    assert model.latencies == {signature: {"float": 812.4, "W8A8 lsq": 301.9}}
+    layer = replace(BLOCK, input_shape=(64, 56, 56), output_shape=(64, 56, 56))
+    assert layer_cost(layer, LayerPrecision(8, 8, "lsq"), (), model).latency_us == 301.9
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        pytest.param(
+            ("units", "pot", "energy", "product"), "units.pot.energy.product", id="number"
+        ),
+        pytest.param(("units", "pot", "measured"), "units.pot.measured", id="range"),
+        pytest.param(("anchor", "value"), "anchor.value", id="anchor"),
+        pytest.param(("array", "rows"), "array.rows", id="array"),
+    ],
+)
+def test_a_hole_is_named(path, message):
+    content = yaml.safe_load(shipped())
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+
+    with pytest.raises(CostError, match=message):
+        parse_hardware("mine", yaml.safe_dump(content))
+
+
+def test_a_unit_without_constants_is_told_with_its_layer():
+    content = yaml.safe_load(shipped())
+    del content["units"]["pot"]
+    content["datapaths"]["pot"] = [{"unit": "pot"}]
+    model = parse_hardware("mine", yaml.safe_dump(content))
+
+    with pytest.raises(CostError, match=r"layer 'conv'.*no constants for unit 'pot'.*`units`"):
+        layer_cost(BLOCK, LayerPrecision(4, 4, "pot"), (), model)
 
 
 @pytest.mark.parametrize(

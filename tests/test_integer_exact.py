@@ -1,6 +1,10 @@
 """Guarantee (a): every sum equals slow int64 arithmetic, exactly."""
 
+import copy
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from torch import nn
 
 from adq_search.errors import IntegerError
 from adq_search.integer._exact import EXACT_FLOAT32, ExactSum, Geometry, exact_float32
+from adq_search.integer._int8 import Int8Convolution, code_dtype, has_exact_int8
 
 
 def loops(codes, words, geometry):
@@ -161,3 +166,112 @@ def test_geometry_is_that_of_the_torch_layer(layer):
 def test_sums_that_nothing_holds_exactly_are_refused():
     with pytest.raises(IntegerError, match=r"Layer 'conv': .* below 2\^53.* fewer weight bits"):
         ExactSum(torch.full((1, 2, 1), 2**50), Geometry((1,), (1,), (0, 0)), 255, "conv")
+
+
+def int8_part(sums):
+    """The layer's int8 convolution, or None where it has none."""
+    (part,) = sums._parts
+    return part if isinstance(part, Int8Convolution) else None
+
+
+@st.composite
+def byte_layers(draw):
+    """Layers that int8 convolutions take: square, not dilated, codes and words of 8 bits."""
+    groups, size = draw(st.sampled_from([1, 2, 3, 8])), draw(st.sampled_from([1, 2, 3, 5]))
+    per_group, out_per_group = draw(st.sampled_from([1, 3, 8, 17])), draw(st.sampled_from([1, 4]))
+    stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, size // 2))
+    space = [size + draw(st.integers(0, 9)) for _ in range(2)]
+    lowest = draw(st.sampled_from([0, -128]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = (draw(st.integers(1, 3)), groups * per_group, *space)
+    codes = torch.randint(lowest, lowest + 256, shape, generator=random)
+    shape = (groups * out_per_group, per_group, size, size)
+    words = torch.randint(-128, 128, shape, generator=random)
+    if draw(st.booleans()):  # everything at its end
+        codes.fill_(draw(st.sampled_from([lowest, lowest + 255])))
+        words.fill_(draw(st.sampled_from([-128, 127])))
+    geometry = Geometry((stride,) * 2, (1, 1), (padding,) * 4, "constant", groups)
+    dtype = code_dtype(lowest, lowest + 255)
+    return codes, ExactSum(words, geometry, max(-lowest, lowest + 255), "layer", dtype)
+
+
+@given(byte_layers(), st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_sums_of_bytes_are_exact(layer, is_channels_last):
+    codes, sums = layer
+    given = codes.to(sums.code_dtype)
+    if is_channels_last:
+        given = given.contiguous(memory_format=torch.channels_last)
+    wanted = sums.slow(codes)
+    with exact_float32():
+        assert torch.equal(sums.fast(given).long(), wanted)
+        assert torch.equal(sums.fast(codes.float()).long(), wanted)
+    for part in sums._parts:
+        if isinstance(part, Int8Convolution):
+            assert all(part._agrees.values())
+
+
+@pytest.mark.skipif(not has_exact_int8(), reason="this processor has no exact int8 convolutions")
+@pytest.mark.parametrize(
+    ("change", "is_taken"),
+    [
+        ({}, True),
+        ({"dilation": (2, 2)}, False),
+        ({"stride": (1, 2)}, False),
+        ({"pads": (1, 1, 0, 0)}, False),
+        ({"pads": (2, 2, 2, 2)}, False),
+        ({"pad_mode": "reflect"}, False),
+        ({"word": 128}, False),
+        ({"max_code": 256}, False),
+    ],
+    ids=["common", "dilated", "strides", "uneven", "wide padding", "reflect", "word", "code"],
+)
+def test_int8_convolutions_take_common_layers_of_bytes_only(change, is_taken):
+    """oneDNN is wrong, or crashes, for some of the others."""
+    place = {"stride": (1, 1), "dilation": (1, 1), "pads": (1,) * 4, "pad_mode": "constant"}
+    words = torch.full((4, 4, 3, 3), change.get("word", 127))
+    geometry = Geometry(**{name: change.get(name, value) for name, value in place.items()})
+    max_code = change.get("max_code", 255)
+    sums = ExactSum(words, geometry, max_code, "layer", code_dtype(0, max_code))
+    assert (int8_part(sums) is not None) == is_taken
+    codes = torch.full((2, 4, 6, 7), max_code)
+    with exact_float32():
+        assert torch.equal(sums.fast(codes.float()).long(), sums.slow(codes))
+
+
+@pytest.mark.skipif(not has_exact_int8(), reason="this processor has no exact int8 convolutions")
+def test_an_int8_convolution_that_is_wrong_is_found_out_and_left():
+    sums = ExactSum(torch.full((2, 1, 1, 1), 3), Geometry((1, 1), (1, 1), (0,) * 4), 15, "layer")
+    part = int8_part(sums)
+    part.raw = lambda codes: codes.float().repeat(1, 2, 1, 1)
+    codes = torch.full((1, 1, 2, 2), 15)
+    with exact_float32():
+        for _ in range(2):
+            assert torch.equal(sums.fast(codes.float()).long(), sums.slow(codes))
+    assert part._agrees == {codes.shape: False}
+
+
+def test_sums_that_were_used_can_be_copied():
+    sums = ExactSum(torch.full((2, 1, 1, 1), 3), Geometry((1, 1), (1, 1), (0,) * 4), 15, "layer")
+    codes = torch.full((1, 1, 2, 2), 15)
+    with exact_float32():
+        sums.fast(codes.float())
+        assert torch.equal(copy.deepcopy(sums).fast(codes.float()).long(), sums.slow(codes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
+def test_sums_of_bytes_are_exact_on_older_processors(instructions):
+    """Where 16-bit sums saturate, the int8 convolutions must not be taken."""
+    program = (
+        "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', "
+        f"{__file__!r}, '-k', 'bytes and not older']))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": instructions},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stdout[-2000:]

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adq_search.errors import IntegerError
-from adq_search.integer._factor import divide_by_factor, shift_right
+from adq_search.integer._factor import divide_by_factor, factor_of, shift_right
 from adq_search.integer._fixed import carrier_for, carrier_of_sum, make_rescale
+from adq_search.quantizers import AsqInput
 
 
 def scalar(value):
@@ -116,3 +117,21 @@ def test_shifts_round_to_nearest_ties_up(value, shift):
     assert found == math.floor(
         Fraction(value) / Fraction(2) ** shift + (Fraction(1, 2) if shift > 0 else 0)
     )
+
+
+@pytest.mark.parametrize(
+    ("n_channels", "scale"), [(4, 1.0), (208, 1e-6), (4096, 0.01), (6144, 1.0)]
+)
+def test_factor_is_the_adapters_for_few_and_for_very_many_channels(n_channels, scale):
+    torch.manual_seed(0)
+    quantizer = AsqInput(2, n_channels=n_channels, channel_dim=-1)
+    if n_channels >= 1000:  # Weights of one magnitude: the largest sum that their words can have.
+        quantizer.adapter.hidden.weight.data.sign_().mul_(0.01)
+    values = torch.randn(16, n_channels, dtype=torch.float64) * scale
+    quantizer.initialize_(values.float())
+    carrier = carrier_for(float(values.abs().max()))
+    integers = (values / carrier.unit).round()
+    factor = factor_of(quantizer, carrier, 1, largest=4.0)
+    wanted = quantizer.double().factors(integers * carrier.unit)
+    found = factor(integers).double() * 2.0**-factor.fraction_bits
+    assert ((found - wanted).abs() <= 2.0**-18 * wanted).all()

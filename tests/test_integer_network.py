@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -126,16 +126,16 @@ def networks(draw):
     channels = draw(st.integers(1, 12))
     shape = (16, channels, 12) if is_flat else (16, channels, 9, 12)
     modules = []
+    side = min(shape[2:])
     for _ in range(draw(st.integers(1, 3))):
         groups = draw(st.sampled_from([g for g in (1, 2, 3, channels) if channels % g == 0]))
         out = groups * draw(st.integers(1, 4))
+        kernel, stride, padding, dilation = (draw(st.integers(1, n)) for n in (3, 2, 2, 2))
+        side = (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        assume(side > 0)
         modules.append(
             conv(
-                *(channels, out, draw(st.integers(1, 3))),
-                stride=draw(st.integers(1, 2)),
-                padding=draw(st.integers(1, 2)),
-                dilation=draw(st.integers(1, 2)),
-                groups=groups,
+                *(channels, out, kernel, stride, padding, dilation, groups),
                 bias=draw(st.booleans()),
             )
         )
@@ -339,3 +339,5 @@ def test_bad_calls_are_refused():
     integer = lower(network.eval(), inputs)
     with pytest.raises(IntegerError, match=r"\(N, 4\), but got \(2, 5\). Lower the network again"):
         integer(torch.rand(2, 5))
+    with pytest.raises(IntegerError, match="Integers have no NaN"):
+        integer(torch.tensor([[0.0, 1.0, float("nan"), 2.0]]))

@@ -152,7 +152,7 @@ def test_input_codes_are_those_of_the_quantizer(name, bits, is_signed):
     factors = () if stage.factor is None else (stage.factor(whole),)
     slow = stage.codes(whole, *factors)
     fast = stage.codes(whole.double(), *factors)
-    assert fast.dtype == torch.float32
+    assert fast.dtype == stage.code_dtype == (torch.int8 if is_signed else torch.uint8)
     assert torch.equal(slow, fast.long())
     assert int((slow != quantizer.codes(values)).sum()) <= 1
     assert (stage.lowest, stage.lowest + 2**bits - 1) == (quantizer.lowest_code, stage.highest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import shutil
@@ -14,10 +15,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from adq_search.hardware import paper
+from adq_search.hardware import load_hardware, paper
 
 FOLDER = Path(__file__).parent.parent / "results" / "mac_gates"
-MODULES = ("reference", "designs", "vectors", "icarus", "netlist", "fit", "shipped", "run")
+UNIFORM_8X8_GE = 657.78  # 5.8 * 64 + 11.33 * 26 - 8
+MODULES = (
+    "reference",
+    "designs",
+    "vectors",
+    "icarus",
+    "netlist",
+    "fit",
+    "derive",
+    "shipped",
+    "run",
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +79,7 @@ def test_register_bits_are_the_accumulators(table):
 def test_depthwise_fan_in_and_two_bit_weights_are_there(table):
     kinds = {r["kind"] for r in table if r["n"] == 9}
     assert {"uniform", "pot", "post_dual", "post_broadcast", "codebook", "root3"} <= kinds
+    assert kinds <= {r["kind"] for r in table if r["n"] == 4}
     assert {r["b_a"] for r in table if r["kind"] == "uniform" and r["b_w"] == 2} == {2, 3, 4, 6, 8}
 
 
@@ -85,6 +98,11 @@ def test_no_sum_passes_its_accumulator(gates):
             code = np.arange(2 ** design.inputs["code"])
             top = np.full_like(code, 2 ** design.inputs["a"] - 1)
             inputs = {"a": top, "code": code}
+            if "words" in design.inputs:  # the most negative word, then the most positive
+                bits = design.parameters["L"]
+                inputs["words"] = np.full(
+                    len(code), 2 ** (bits - 1) + ((2 ** (bits - 1) - 1) << bits)
+                )
             if "a_root" in design.inputs:
                 f = design.parameters["F"]
                 inputs["a_root"] = gates.reference.root_prepared(top, f, 181)
@@ -103,7 +121,8 @@ def test_fitted_formulas_hold_within_their_stated_error(gates, table, fitted, co
     for kind, stated in fitted[column].items():
         rows = [r for r in table if gates.fit.kind_of(r) == kind]
         errors = [
-            abs(gates.fit.predict(kind, stated["coefficients"], r) / r[column] - 1.0) for r in rows
+            abs(gates.fit.predict(kind, stated["coefficients"], r, column) / r[column] - 1.0)
+            for r in rows
         ]
         assert len(rows) == stated["rows"]
         assert np.mean(errors) == pytest.approx(stated["mape"], abs=5e-4), kind
@@ -121,6 +140,62 @@ def test_shipped_formulas_hold_within_their_stated_error(gates, table, fitted, c
             assert found[kind][where]["rows"] == stated["rows"]
             assert found[kind][where]["mape"] <= stated["mape"] + 5e-4, (kind, where)
             assert found[kind][where]["max_error"] <= stated["max_error"] + 1e-3, (kind, where)
+
+
+@pytest.mark.parametrize(("figure", "column"), [("area", "ge_total"), ("energy", "energy")])
+def test_derived_constants_are_shipped(gates, table, figure, column):
+    """The datapaths with the shipped file give the errors that derived.json states."""
+    derived = json.loads((FOLDER / "derived.json").read_text(encoding="utf-8"))
+    hardware, found = load_hardware("post_asic_45nm"), {}
+    for row in table:
+        kind = gates.fit.kind_of(row)
+        if kind == "requantize":
+            value = hardware.rescale_fj(row["W"], row["b_w"])
+        elif kind in derived:
+            mac = gates.shipped.shipped_mac(row)
+            value = mac.area_ge if figure == "area" else mac.mac_pj / hardware.pj_per_fj
+        else:
+            continue
+        expected = row[column] * derived[kind][figure]["scale"]
+        found.setdefault(kind, []).append(abs(value / expected - 1.0))
+    if figure == "area":
+        del found["requantize"]  # its area is not charged
+    assert set(found) == set(gates.derive.KINDS) - ({"requantize"} if figure == "area" else set())
+    for kind, errors in found.items():
+        stated = derived[kind][figure]["ours"]
+        assert len(errors) == stated["rows"]
+        assert np.mean(errors) == pytest.approx(stated["mape"], abs=5e-4), kind
+        assert max(errors) == pytest.approx(stated["max_error"], abs=1e-3), kind
+
+
+#: Mean and largest error of the shipped ratios to the uniform 8x8 unit against the 45 nm rows.
+STATED_45NM = {
+    "uniform": ((0.033, 0.102), (0.017, 0.064)),
+    "pot": ((0.048, 0.090), (0.046, 0.099)),
+    "post_dual": ((0.044, 0.059), (0.030, 0.068)),
+    "post_broadcast": ((0.044, 0.103), (0.041, 0.090)),
+    "post_literal": ((0.084, 0.200), (0.032, 0.107)),
+    "post_table": ((0.072, 0.172), (0.057, 0.130)),
+    "codebook": ((0.054, 0.097), (0.026, 0.060)),
+    "codebook_bins": ((0.046, 0.063), (0.106, 0.156)),
+}
+
+
+@pytest.mark.parametrize("kind", STATED_45NM)
+def test_shipped_ratios_hold_against_the_45_nm_rows(gates, kind):
+    with (FOLDER / "comparison.csv").open(newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["kind"] == kind and r["area_45nm"]]
+    whole = ("b_a", "b_w", "f")
+    found = {"area": [], "energy": []}
+    for row in rows:
+        numbers = {name: int(row[name]) for name in whole}
+        place = {"kind": kind, "n": 576, "level_bits": 8}
+        mac = gates.shipped.shipped_mac({**place, **numbers})
+        found["area"].append(mac.area_ge / UNIFORM_8X8_GE / float(row["area_45nm"]) - 1.0)
+        found["energy"].append(mac.mac_pj / 0.3 / float(row["energy_45nm"]) - 1.0)
+    for errors, (mean, largest) in zip(found.values(), STATED_45NM[kind], strict=True):
+        assert np.abs(errors).mean() <= mean
+        assert np.abs(errors).max() <= largest
 
 
 @pytest.mark.parametrize("root", [1, 2, 3, 4])

@@ -170,6 +170,77 @@ def test_seeds_keep_within_budgets() -> None:
         assert s.cost == pytest.approx(totals["bops"])
 
 
+def test_seeds_of_budgets_begin_with_the_best_and_crowd_near_the_limits() -> None:
+    space = _space(default={"weight_bits": [2, 3, 4, 8], "input_bits": [4, 8], "schemes": ["lsq"]})
+    table = _random_table(space, 4)
+    budgets = {}
+    for name in ("weight_bytes", "energy_pj"):
+        low, high = cost_range(space, SUMMARY, name, HARDWARE)
+        budgets[name] = low + 0.8 * (high - low)
+    seeds = propose_seeds(space, SUMMARY, table, "energy_pj", HARDWARE, n=8, budgets=budgets)
+    within = [
+        (loss, c)
+        for _, loss, c in _everything(space, table)
+        if all(c[name] <= limit for name, limit in budgets.items())
+    ]
+    assert seeds[0].predicted == pytest.approx(min(loss for loss, _ in within))
+    assert len({s.policy for s in seeds}) == len(seeds) > 3
+    losses = [s.predicted for s in seeds]
+    assert losses == sorted(losses)
+    for seed in seeds:  # nothing is better at no more of either budget
+        own = total_of(cost(SUMMARY, seed.policy, HARDWARE))
+        assert not any(
+            loss < seed.predicted * (1 - 1e-9)
+            and all(c[name] <= own[name] * (1 + 1e-9) for name in budgets)
+            for loss, c in within
+        )
+    last = total_of(cost(SUMMARY, seeds[-1].policy, HARDWARE))
+    for name in budgets:
+        assert last[name] == pytest.approx(cost_range(space, SUMMARY, name, HARDWARE)[0])
+
+
+ADQ = {"weight_bits": 4, "input_bits": 4, "scheme": "adq", "ema_momentum": 0.9}
+CONSTRAINED = {
+    "tied": {"share": {"inner": ["1", "2"]}, "pinned": {}},
+    "pinned": {"pinned": {"first": 8, "2": ADQ}},
+    "tied and pinned": {"share": {"ends": ["0", "4"]}, "pinned": {"1": ADQ}},
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    share=st.floats(0.0, 1.0),
+    other=st.floats(0.0, 1.0),
+    kind=st.sampled_from(sorted(CONSTRAINED)),
+)
+def test_tied_and_pinned_layers_under_two_budgets(
+    seed: int, share: float, other: float, kind: str
+) -> None:
+    space = _space(**CONSTRAINED[kind])
+    table = _random_table(space, seed)
+    everything = _everything(space, table)
+    budgets = {}
+    for name, t in (("weight_bytes", share), ("energy_pj", other)):
+        low, high = cost_range(space, SUMMARY, name, HARDWARE)
+        budgets[name] = low + t * (high - low)
+    affordable = [
+        loss
+        for _, loss, c in everything
+        if all(c[figure] <= limit * (1 + 1e-9) for figure, limit in budgets.items())
+    ]
+    if not affordable:
+        with pytest.raises(BudgetError, match="together with"):
+            allocate(space, SUMMARY, table, budgets, HARDWARE)
+        return
+    found = allocate(space, SUMMARY, table, budgets, HARDWARE)
+    assert space.policy_of(space.params_of(found.policy)) == found.policy
+    assert found.predicted == pytest.approx(min(affordable), rel=1e-7, abs=1e-9)
+    sweep = lagrangian_sweep(space, SUMMARY, table, "energy_pj", HARDWARE)
+    best = min(loss for _, loss, _ in everything)
+    assert sweep[-1].predicted == pytest.approx(best)
+
+
 def test_a_budget_that_no_corner_meets_gets_its_best_policy() -> None:
     # As below: adq takes less memory in one layer but more energy, so a sweep over energy with
     # equal losses stays with lsq.
@@ -279,7 +350,7 @@ def test_budgets_that_exclude_each_other_say_what_is_possible_together() -> None
     assert min(within) > low["memory_bytes"]
     with pytest.raises(BudgetError, match=r"memory_bytes .* together with energy_pj") as caught:
         allocate(space, SUMMARY, table, low, HARDWARE)
-    assert caught.value.reachable[0] == pytest.approx(min(within))
+    assert caught.value.reachable == pytest.approx((min(within), max(within)))
 
 
 def test_an_allocation_needs_a_budget_and_a_figure_that_exists() -> None:

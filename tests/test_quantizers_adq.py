@@ -144,3 +144,13 @@ def test_weights_that_are_not_numbers_leave_the_codebook_alone():
     weight[0, 0] = torch.nan
     assert quantizer(weight)[0, 0].isnan()
     assert torch.isfinite(quantizer.codebook).all()
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_weights_that_are_not_numbers_have_a_place_at_every_width(bits):
+    weight = gaussian(300)
+    quantizer = fitted(weight, bits, momentum=0.5).train()
+    expected = slow_update(quantizer.codebook.tolist(), weight.flatten().tolist()[1:], 0.5)
+    weight[0, 0] = torch.nan
+    quantizer(weight)
+    assert quantizer.codebook.tolist() == pytest.approx(expected, rel=1e-12)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markupsafe import escape
 from rich.console import Console
 
 from adq_search.errors import CostError, StorageError
@@ -16,6 +17,7 @@ from adq_search.pareto import Objective
 from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.report import (
     FrontReport,
+    IntegerCheck,
     TrialRecord,
     front_svg,
     front_table,
@@ -227,7 +229,7 @@ def test_the_knee_lies_farthest_below_the_chord():
 
 
 def test_report_round_trip(records):
-    report = report_of(records, prior={"rank_correlation": 0.5}, n_repeated=1)
+    report = report_of(records, prior={"estimator": "fisher", "n_measured": 4, "rank_correlation": 0.5}, n_repeated=1)
     content = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert FrontReport.from_json(content) == report
     assert content["schema"] == "adq_search.front/1"
@@ -366,7 +368,7 @@ def test_front_table_shows_every_point_and_the_baselines_last(records):
     rows = [line for line in lines if "%" in " ".join(line)]
     hashes = [policy_of(code).hash for code in (0, 3, 4, 0, 1)]
     assert [row[0] for row in rows] == [*hashes, "–"]
-    assert rows[2][1:] == ["85.00%", "50.00%", "6.00", "pJ", "60.0", "B", "10.7x", "sampler"]
+    assert rows[2][1:] == ["–", "85.00%", "50.00%", "6.00", "pJ", "60.0", "B", "10.7x", "sampler"]
 
 
 def test_trials_csv_has_every_trial_and_no_defaults(written, records):
@@ -498,3 +500,35 @@ class TestPicture:
         # Energies 2, 3, 6 on a logarithmic axis; accuracies 0.30, 0.70, 0.85 upwards.
         assert (xs[1] - xs[0]) / (xs[2] - xs[0]) == pytest.approx(0.36907, abs=1e-3)
         assert (ys[0] - ys[1]) / (ys[0] - ys[2]) == pytest.approx(0.40 / 0.55, abs=1e-3)
+
+
+def test_every_report_says_which_policies_run_in_integers(records, tmp_path):
+    reason = "Layer 'stem' is in floating point."
+    names = {number: records[number].policy_hash for number in (0, 3, 4)}
+    checks = {
+        names[0]: IntegerCheck(True, 100),
+        names[3]: IntegerCheck(False, 100, "Of 9 codes 2 differ."),
+        names[4]: IntegerCheck(None, 0, reason),
+    }
+    report = report_of(records, integer_checks=checks)
+    assert FrontReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    rows = {row["policy_hash"]: row for row in report.to_json()["points"]}
+    kept = [(rows[n]["integer_verified"], rows[n]["integer_samples"]) for n in names.values()]
+    assert kept == [(True, 100), (False, 100), (None, 0)]
+    assert rows[names[4]]["integer_reason"] == reason
+    words = [line.split() for line in shown(front_table(report)).splitlines()]
+    marks = {row[0]: row[1] for row in words if row and row[0] in names.values()}
+    assert marks == {names[0]: "✓", names[3]: "✗", names[4]: "–"}
+    page = (write(records, tmp_path, report) / "report.html").read_text()
+    for text in ("verified on 100 validation samples", "Of 9 codes 2 differ.", escape(reason)):
+        assert f'<td title="{text}">' in page
+    assert "1 of 3 policies on the front run in integers" in " ".join(headline(report))
+
+
+def test_a_front_of_a_version_without_integers_is_read(written):
+    content = json.loads((written / "front.json").read_text())
+    for point in [*content["points"], *content["baselines"]]:
+        for name in ("integer_verified", "integer_samples", "integer_reason"):
+            del point[name]
+    (written / "front.json").write_text(json.dumps(content))
+    assert {p.integer_verified for p in read_front(written).points} == {None}

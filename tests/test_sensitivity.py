@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,9 +17,12 @@ from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.quantizers import make_quantizers
 from adq_search.sensitivity import (
     Curvature,
+    Estimate,
     FisherEstimator,
     HessianEstimator,
+    Labels,
     LayerCurvature,
+    Subject,
     estimator_names,
     make_estimator,
     register_estimator,
@@ -75,7 +78,9 @@ def _space(network: nn.Module, inputs: Tensor, **content: Any) -> SearchSpace:
 
 def test_fisher_equals_one_backward_for_each_example() -> None:
     network, inputs, targets = _residual()
-    found = FisherEstimator(labels="data", chunk=2).curvature(network, inputs, targets, seed=0)
+    found = FisherEstimator(labels=Labels("data"), chunk=2).curvature(
+        network, inputs, targets, seed=0
+    )
     network.eval()
     for name, layer in parametric_layers(network).items():
         expected = torch.zeros_like(layer.weight)
@@ -88,7 +93,7 @@ def test_fisher_equals_one_backward_for_each_example() -> None:
 
 def test_fisher_of_inputs_is_the_gradient_through_the_layer_alone() -> None:
     network, inputs, targets = _residual()
-    found = FisherEstimator(labels="data").curvature(network, inputs, targets, seed=0)
+    found = FisherEstimator(labels=Labels("data")).curvature(network, inputs, targets, seed=0)
     network.eval()
     # By hand, without hooks: the input of `grouped` also feeds the shortcut, which must not count.
     stem = network.relu(network.norm(network.stem(inputs))).detach()
@@ -105,7 +110,7 @@ def test_fisher_of_inputs_is_the_gradient_through_the_layer_alone() -> None:
 
 def test_fisher_is_not_the_square_of_the_mean_gradient() -> None:
     network, inputs, targets = _mlp()
-    found = FisherEstimator(labels="data").curvature(network, inputs, targets, seed=0)
+    found = FisherEstimator(labels=Labels("data")).curvature(network, inputs, targets, seed=0)
     network.zero_grad()
     F.cross_entropy(network(inputs), targets).backward()
     for name, layer in parametric_layers(network).items():
@@ -116,7 +121,7 @@ def test_fisher_is_not_the_square_of_the_mean_gradient() -> None:
     ("estimator", "tolerance"),
     [
         pytest.param(FisherEstimator(), 1e-9, id="all classes"),
-        pytest.param(FisherEstimator(exact_classes=0, draws=2), 0.06, id="drawn"),
+        pytest.param(FisherEstimator(labels=Labels(exact_classes=0, draws=2)), 0.06, id="drawn"),
     ],
 )
 def test_model_labels_give_the_gauss_newton_diagonal(
@@ -125,7 +130,7 @@ def test_model_labels_give_the_gauss_newton_diagonal(
     # For softmax regression the Hessian is X^T (diag p - p p^T) X, whatever the labels.
     torch.manual_seed(2)
     network = nn.Sequential(nn.Linear(3, 3, bias=False)).double()
-    inputs = torch.randn(4, 3).double().repeat(1 if estimator.exact_classes else 2000, 1)
+    inputs = torch.randn(4, 3).double().repeat(1 if estimator.labels.exact_classes else 2000, 1)
     targets = torch.zeros(len(inputs), dtype=torch.int64)
     found = estimator.curvature(network, inputs, targets, seed=0)
     p = network(inputs).softmax(dim=1).detach()
@@ -148,7 +153,7 @@ def test_empirical_fisher_vanishes_on_a_fitted_set_but_the_default_does_not() ->
     with torch.no_grad():
         network[2].weight.mul_(3.0)
         targets = network(inputs).argmax(dim=1)
-    by_data = FisherEstimator(labels="data").curvature(network, inputs, targets, seed=0)
+    by_data = FisherEstimator(labels=Labels("data")).curvature(network, inputs, targets, seed=0)
     many = inputs.repeat(200, 1)
     by_model = FisherEstimator().curvature(network, many, targets.repeat(200), seed=0)
     assert by_model.layers["2"].weight.sum() > 1.2 * by_data.layers["2"].weight.sum()
@@ -180,6 +185,16 @@ def _exact_average_traces(
     }
 
 
+def _hutchinson(
+    estimator: HessianEstimator, n: int, network: nn.Module, inputs: Tensor, targets: Tensor
+) -> dict[tuple[str, str], Estimate]:
+    """Return the average traces of n probes, by layer and part."""
+    space = cast("SearchSpace", None)  # probes do not ask what the layers may become
+    subject = Subject(network, inputs, targets, space, seed=0)
+    samples = [estimator.sample(subject, i, "network") for i in range(n)]
+    return {(key.layer, key.part): e for key, e in estimator.traces(samples).items()}
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Softplus], ids=["relu", "softplus"])
 def test_hutchinson_finds_the_exact_traces_within_its_error(
     activation: Callable[[], nn.Module],
@@ -188,13 +203,12 @@ def test_hutchinson_finds_the_exact_traces_within_its_error(
     with torch.no_grad():
         network[0].bias.add_(1.0)  # so that both layers matter
         network[2].weight.mul_(2.0)
-    estimator = HessianEstimator(min_probes=400, max_probes=400, chunk=4)
-    found = estimator.curvature(network, inputs, targets, seed=0)
+    found = _hutchinson(HessianEstimator(chunk=4), 400, network, inputs, targets)
     for name, exact in _exact_average_traces(network, inputs, targets).items():
-        layer = found.layers[name]
-        assert layer.weight_error < 0.35 * float(layer.weight)
-        assert float(layer.weight) == pytest.approx(exact[0], abs=4 * layer.weight_error)
-        assert float(layer.input) == pytest.approx(exact[1], abs=4 * layer.input_error)
+        weight, by_input = found[name, "weights"], found[name, "inputs"]
+        assert weight.error < 0.35 * weight.value
+        assert weight.value == pytest.approx(exact[0], abs=4 * weight.error)
+        assert by_input.value == pytest.approx(exact[1], abs=4 * by_input.error)
 
 
 def test_hutchinson_averaged_over_all_probes_is_the_trace() -> None:
@@ -212,31 +226,34 @@ def test_hutchinson_averaged_over_all_probes_is_the_trace() -> None:
     products = signs * (signs @ hessian)
     exact = products[:, :9].sum(dim=1).mean(), products[:, 9:].sum(dim=1).mean()
     torch.testing.assert_close(exact[0], hessian[:9, :9].trace())
-    found = HessianEstimator(min_probes=1500, max_probes=1500).curvature(network, x, y, seed=0)
-    layer = found.layers["0"]
-    assert float(layer.weight) * 9 == pytest.approx(float(exact[0]), abs=36 * layer.weight_error)
-    assert float(layer.input) * 3 == pytest.approx(float(exact[1]), abs=12 * layer.input_error)
+    found = _hutchinson(HessianEstimator(), 1500, network, x, y)
+    weight, by_input = found["0", "weights"], found["0", "inputs"]
+    assert weight.value * 9 == pytest.approx(float(exact[0]), abs=36 * weight.error)
+    assert by_input.value * 3 == pytest.approx(float(exact[1]), abs=12 * by_input.error)
 
 
 def test_hutchinson_stops_early_and_says_how_sure_it_is() -> None:
     # One input x = 1, zero weights, two classes: H = (1/4) [[1, -1], [-1, 1]], z^T H z is 0 or 1.
     network = nn.Sequential(nn.Linear(1, 2, bias=False)).double()
     nn.init.zeros_(network[0].weight)
+    inputs, targets = torch.ones(4, 1).double(), torch.tensor([0, 1, 0, 1])
+    found = _hutchinson(HessianEstimator(), 8, network, inputs, targets)
+    ones = found["0", "weights"].value * 2 * 8  # z^T H z over 2 weights, mean of 8 probes
+    assert ones in range(1, 8)
+    share = ones / 8
+    assert found["0", "weights"].error == pytest.approx((share * (1 - share) / 7) ** 0.5 / 2)
+    assert found["0", "inputs"].value == 0.0  # with zero weights no input matters
     steps: list[tuple[int, int]] = []
-    found = HessianEstimator(tolerance=math.inf).curvature(
+    space = _space(network, inputs, pinned={})
+    sensitivity_table(
+        HessianEstimator(tolerance=math.inf),
         network,
-        torch.ones(4, 1).double(),
-        torch.tensor([0, 1, 0, 1]),
-        seed=0,
+        inputs,
+        targets,
+        space,
         on_progress=lambda done, total: steps.append((done, total)),
     )
     assert steps == [*((i, 50) for i in range(1, 9)), (50, 50)]
-    layer = found.layers["0"]
-    ones = float(layer.weight) * 2 * 8  # z^T H z over 2 weights, mean of 8 probes
-    assert ones in range(1, 8)
-    share = ones / 8
-    assert layer.weight_error == pytest.approx((share * (1 - share) / 7) ** 0.5 / 2)
-    assert float(layer.input) == 0.0  # with zero weights no input matters
 
 
 class Hill(nn.Module):
@@ -254,19 +271,19 @@ class Hill(nn.Module):
 def test_a_negative_trace_is_refused_by_name() -> None:
     network = Hill().double()
     nn.init.constant_(network.layer.weight, 0.1)
+    inputs, targets = torch.ones(3, 1).double(), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(SensitivityError, match=r"negative, but for the weights of layer.*fisher"):
-        HessianEstimator().curvature(
-            network, torch.ones(3, 1).double(), torch.zeros(3, dtype=torch.int64), seed=0
-        )
+        _hutchinson(HessianEstimator(), 8, network, inputs, targets)
 
 
-@pytest.mark.parametrize("name", ["fisher", "hessian"])
+@pytest.mark.parametrize("name", estimator_names())
 def test_the_network_is_left_as_it_was(name: str) -> None:
     network, inputs, targets = _residual()
     network.norm.eval()
     network.stem.weight.requires_grad_(requires_grad=False)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    make_estimator(name).curvature(network, inputs, targets, seed=0)
+    space = _space(network, inputs, pinned={}, share={"mixed": ["grouped", "shared"]})
+    sensitivity_table(name, network, inputs, targets, space)
     assert network.training
     assert not network.norm.training
     assert not network.stem.weight.requires_grad
@@ -276,7 +293,7 @@ def test_the_network_is_left_as_it_was(name: str) -> None:
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["fisher", "hessian"])
+@pytest.mark.parametrize("name", estimator_names())
 def test_estimates_repeat_and_depend_on_the_seed(name: str) -> None:
     network, inputs, targets = _residual()
 
@@ -289,28 +306,38 @@ def test_estimates_repeat_and_depend_on_the_seed(name: str) -> None:
     assert score(0) != score(1)
 
 
-@pytest.mark.parametrize("name", ["fisher", "hessian"])
-def test_chunks_do_not_change_the_result(name: str) -> None:
+def test_chunks_do_not_change_a_fisher_information() -> None:
     network, inputs, targets = _mlp()
-    makers: dict[str, Callable[[int], Any]] = {
-        "fisher": lambda chunk: FisherEstimator(labels="data", chunk=chunk),
-        "hessian": lambda chunk: HessianEstimator(min_probes=200, max_probes=200, chunk=chunk),
-    }
-    found = [makers[name](c).curvature(network, inputs, targets, seed=0) for c in (1, 6)]
+    found = [
+        FisherEstimator(labels=Labels("data"), chunk=chunk).curvature(
+            network, inputs, targets, seed=0
+        )
+        for chunk in (1, 6)
+    ]
     for layer in ("0", "2"):
         a, b = (f.layers[layer] for f in found)
         torch.testing.assert_close(a.values, b.values)
-        room = 4 * (a.weight_error + b.weight_error) if name == "hessian" else 1e-12
-        torch.testing.assert_close(a.weight, b.weight, rtol=0, atol=room)
+        torch.testing.assert_close(a.weight, b.weight, rtol=0, atol=1e-12)
+
+
+def test_chunks_do_not_change_what_hutchinson_finds() -> None:
+    network, inputs, targets = _mlp()
+    one, all_at_once = (
+        _hutchinson(HessianEstimator(chunk=chunk), 200, network, inputs, targets)
+        for chunk in (1, 6)
+    )
+    for key, a in one.items():
+        b = all_at_once[key]
+        assert a.value == pytest.approx(b.value, abs=4 * (a.error + b.error))
 
 
 def test_scores_are_curvature_times_the_real_quantizers_error() -> None:
     network, inputs, targets = _residual()
     space = _space(network, inputs, pinned={})
     table = sensitivity_table(
-        FisherEstimator(labels="data"), network, inputs, targets, space, seed=0
+        FisherEstimator(labels=Labels("data")), network, inputs, targets, space, seed=0
     )
-    curvature = FisherEstimator(labels="data").curvature(network, inputs, targets, seed=0)
+    curvature = FisherEstimator(labels=Labels("data")).curvature(network, inputs, targets, seed=0)
     for name, precision in (
         ("grouped", LayerPrecision(4, 8, "lsq")),
         ("shared", LayerPrecision(3, 4, "adq", 0.99)),
@@ -363,7 +390,7 @@ def test_the_score_predicts_a_small_change_of_the_loss() -> None:
     assert table.weights["0", "lsq", 4] == pytest.approx(rise, rel=0.35)
 
 
-@pytest.mark.parametrize("name", ["fisher", "hessian"])
+@pytest.mark.parametrize("name", estimator_names())
 def test_more_bits_never_predict_more_loss(name: str) -> None:
     network, inputs, targets = _residual()
     space = _space(network, inputs, pinned={})
@@ -450,7 +477,7 @@ def test_progress_ends_where_it_said() -> None:
     assert steps[-1][0] == steps[-1][1]
 
 
-@pytest.mark.parametrize("name", ["fisher", "hessian"])
+@pytest.mark.parametrize("name", estimator_names())
 def test_the_layer_with_nan_is_named(name: str) -> None:
     network, inputs, targets = _residual()
     space = _space(network, inputs, pinned={})
@@ -484,13 +511,14 @@ def test_nan_in_the_data_is_named() -> None:
 def test_an_output_that_is_no_logits_is_refused() -> None:
     network = nn.Conv1d(1, 2, 1)
     inputs, targets = torch.randn(2, 1, 4), torch.tensor([0, 1])
-    for estimator in (FisherEstimator(), HessianEstimator()):
-        with pytest.raises(SensitivityError, match=r"logits of shape \(2, classes\).*\(2, 2, 4\)"):
-            estimator.curvature(network, inputs, targets, seed=0)
+    space = _space(network, inputs, pinned={})
+    for name in estimator_names():
+        with pytest.raises(SensitivityError, match=r"logits of shape \(\d, classes\).*\d, 2, 4\)"):
+            sensitivity_table(name, network, inputs, targets, space)
 
 
 def test_estimators_have_names_of_their_own() -> None:
-    assert estimator_names() == ("fisher", "hessian")
+    assert estimator_names() == ("fisher", "fisher_output", "hessian", "kl", "lsq_steps")
     with pytest.raises(SensitivityError, match="Did you mean 'fisher'"):
         make_estimator("fischer")
 

@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 
 from adq_search.distill import Teacher
 from adq_search.errors import TaskError
+from adq_search.integer import lower, snap_codebooks_, verify, weight_words
 from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.store import load_quantized
 from adq_search.teacher import load_weights_, make_teacher
 from adq_search.training import TrainingSettings, evaluate, fit
-from adq_search.trial import TrialResult, run_trial, weights_of
+from adq_search.trial import TrialResult, fingerprint_of, run_trial, weights_of
 from tests import tiny
 
 LAYERS = ("0", "3", "5", "8")
@@ -170,3 +171,38 @@ def test_data_order_follows_the_seed_alone(task):
     networks[1].load_state_dict(networks[0].state_dict())
     losses = [fit(n, task, SETTINGS, seed=7).loss for n in networks]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_adq_is_measured_as_it_is_deployed(task, teacher, bits):
+    """The accuracy of a trial is that of 8-bit level words: nothing moves at export."""
+    policy = policy_of(LayerPrecision(bits, 4, "adq", 0.9))
+    result, network = run_trial(policy, task, teacher, SETTINGS, {}, seed=0)
+    network.eval()
+    before = weights_of(network)
+    assert max(snap_codebooks_(network).values()) < 1e-7
+    after = weights_of(network)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert result.weights_fingerprint == fingerprint_of(after)
+    for name in ("3", "5"):
+        layer = network.get_submodule(name)
+        words = weight_words(layer.weight_quantizer, layer.weight).banks[0]
+        assert int(words.abs().max()) == 127
+    integer = lower(network, task.calibration(90, seed=0))
+    agreement = verify(network, integer, [batch.inputs for batch in task.validation.batches(30)])
+    assert agreement.unexplained == 0
+    assert agreement.is_verified
+    assert evaluate(integer, task.validation).accuracy == result.accuracy
+
+
+def test_a_fingerprint_sees_every_bit_and_every_name():
+    weights = {"a": torch.zeros(2, 3), "b": torch.ones(2)}
+    made = fingerprint_of(weights)
+    assert made == fingerprint_of(dict(reversed(weights.items())))
+    moved = torch.ones(2).nextafter(torch.tensor(2.0))
+    for other in (
+        {**weights, "b": moved},
+        {**weights, "a": torch.zeros(3, 2)},
+        {"a": weights["a"], "c": weights["b"]},
+    ):
+        assert fingerprint_of(other) != made

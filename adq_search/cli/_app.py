@@ -9,7 +9,7 @@ from typing import TextIO
 import typer
 from rich.console import Console
 
-from adq_search.cli import _cost, _export, _reuse, _run
+from adq_search.cli import _cost, _export, _reuse, _run, _sensitivity, _verify
 from adq_search.errors import AdqSearchError, AdqSearchWarning
 
 #: Exit code that Typer gives to Ctrl-C, as shells do.
@@ -25,10 +25,11 @@ app = typer.Typer(
 app.command("run")(_run.run)
 app.command("report")(_run.report)
 app.command("cost")(_cost.cost)
+app.command("sensitivity")(_sensitivity.sensitivity)
 app.command("allocate")(_reuse.allocate)
 app.command("train")(_reuse.train)
 app.command("export")(_export.export)
-app.command("verify")(_export.verify)
+app.command("verify")(_verify.verify)
 
 
 def main() -> None:

@@ -35,15 +35,15 @@ from adq_search.training import EpochProgress, evaluate, threads_for
 from adq_search.trial import run_trial, weights_of
 from adq_search.validation import validated
 
-_TaskOption = Annotated[str, typer.Option(help="A task's name, or package.module:factory.")]
-_TeacherOption = Annotated[
+TaskOption = Annotated[str, typer.Option(help="A task's name, or package.module:factory.")]
+TeacherOption = Annotated[
     Path | None, typer.Option(help="Weights of the full-precision network [train it].")
 ]
-_SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 
 
 def allocate(
-    task: _TaskOption,
+    task: TaskOption,
     average_bits: Annotated[float, typer.Option(help="Average weight bits of the mixed layers.")],
     out: Annotated[Path, typer.Option(help="Policy file to write.")],
     scheme: Annotated[str, typer.Option(help="Scheme of the mixed layers.")] = "adq",
@@ -53,8 +53,8 @@ def allocate(
         float, typer.Option(help="EMA momentum, where there is a codebook.")
     ] = 0.99,
     estimator: Annotated[str, typer.Option(help="Sensitivity estimator.")] = "fisher",
-    teacher: _TeacherOption = None,
-    seed: _SeedOption = 0,
+    teacher: TeacherOption = None,
+    seed: SeedOption = 0,
 ) -> None:
     """Give each layer its bits by sensitivity, under an average: the ADQ paper's own flow.
 
@@ -73,7 +73,7 @@ def allocate(
     planned = plan(job)
     torch.set_num_threads(threads_for(planned.summary.macs, job.training.batch_size, workers=1))
     with ShownProgress(console) as progress:
-        network = _teacher(_with_teacher(planned.task, teacher), seed, progress)
+        network = teacher_of(with_teacher(planned.task, teacher), seed, progress)
         table = measure_sensitivity(planned, Teacher(network, planned.task), progress)
     policy = allocate_bits(
         planned.space,
@@ -105,7 +105,7 @@ def allocate(
 
 def train(
     policy: Annotated[Path, typer.Option(help="Policy file.")],
-    task: _TaskOption,
+    task: TaskOption,
     out: Annotated[Path, typer.Option(help="Folder of weights and result.")],
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs.")] = None,
     space: Annotated[
@@ -115,8 +115,8 @@ def train(
     distillation: Annotated[
         bool, typer.Option(help="Learn from the full-precision network.")
     ] = True,
-    teacher: _TeacherOption = None,
-    seed: _SeedOption = 0,
+    teacher: TeacherOption = None,
+    seed: SeedOption = 0,
 ) -> None:
     """Train the task's network under a policy, and measure it on the test part."""
     start = time.perf_counter()
@@ -125,19 +125,19 @@ def train(
     if (out / "result.json").exists():
         msg = f"{out} holds a result already. Choose another --out; nothing measured is replaced."
         raise SpaceError(msg)
-    job = _recipe(task, space)
+    job = recipe_of(task, space)
     changes = {"epochs": epochs, "learning_rate": learning_rate}
     job = job.with_training(
         **{key: value for key, value in changes.items() if value is not None},
         distillation={**job.training.distillation.model_dump(), "enabled": distillation},
     )
-    found = _with_teacher(load_task(task, job.task_options), teacher)
+    found = with_teacher(load_task(task, job.task_options), teacher)
     summary = trace(found.make_network(), found.example())
     check_policy_fits(chosen, summary.all_names)
     torch.set_num_threads(threads_for(summary.macs, job.training.batch_size, workers=1))
     report = cost(summary, chosen, load_hardware(job.search.hardware))
     with ShownProgress(console) as progress:
-        network = _teacher(found, seed, progress)
+        network = teacher_of(found, seed, progress)
         expert = Teacher(network, found)
         result, trained = run_trial(
             chosen,
@@ -188,7 +188,7 @@ def train(
     )
 
 
-def _recipe(task: str, space: str | None) -> Job:
+def recipe_of(task: str, space: str | None) -> Job:
     """Return the job whose training recipe fits: a named space's, or the task's own space's."""
     if space is not None:
         job, _ = find_job(space)
@@ -202,12 +202,14 @@ def _recipe(task: str, space: str | None) -> Job:
     return Job(task=task)
 
 
-def _teacher(task: Task, seed: int, progress: ShownProgress) -> nn.Module:
+def teacher_of(task: Task, seed: int, progress: ShownProgress) -> nn.Module:
+    """Return the task's full-precision network, trained or read."""
     monitor = EpochProgress(progress, "teacher", task.teacher.epochs)
     return make_teacher(task, seed=seed, monitor=monitor)
 
 
-def _with_teacher(task: Task, weights: Path | None) -> Task:
+def with_teacher(task: Task, weights: Path | None) -> Task:
+    """Return the task with its teacher read from a file, if one is given."""
     if weights is None:
         return task
     return replace(task, teacher=replace(task.teacher, weights_file=weights))

@@ -16,8 +16,8 @@ from adq_search.cli._spaces import find_job
 from adq_search.errors import AdqSearchError, SpaceError, did_you_mean
 from adq_search.hosting import Host, HostOptions
 from adq_search.job import Job
-from adq_search.plan import plan
-from adq_search.report import front_table, read_front, rebuild
+from adq_search.plan import Plan, plan
+from adq_search.report import front_table, read_front, rebuild, within_budgets
 from adq_search.results import write_outcome
 from adq_search.session import prepare
 from adq_search.training import threads_for
@@ -60,14 +60,7 @@ def run(
     size = planned.summary.macs, job.training.batch_size
     torch.set_num_threads(threads or threads_for(*size, workers=workers))
     runner.check(planned, folder, options)
-    lowest, highest = planned.cost_range(job.search.cost_axis)
-    console.print(
-        f"{planned.task.name}: {len(planned.summary.layers)} layers, "
-        f"{planned.summary.macs / 1e6:.2f} M MACs, {planned.summary.n_weights} weights; "
-        f"{planned.space.n_policies:.3g} policies, {job.search.cost_axis} from {lowest:.4g} to "
-        f"{highest:.4g}",
-        highlight=False,
-    )
+    _tell_what_is_reachable(console, planned)
     with ShownProgress(console) as progress:
         session = prepare(planned, folder, progress)
         outcome = runner.run(session, options, progress)
@@ -75,6 +68,8 @@ def run(
         report = write_outcome(session, outcome, options, started=start)
         progress.update("report", 1, 1)
     console.print(front_table(report))
+    if report.budgets:
+        console.print(within_budgets(report), highlight=False, soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -84,6 +79,22 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run's result
     page = rebuild(folder)
     console.print(front_table(read_front(folder)))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def _tell_what_is_reachable(console: Console, planned: Plan) -> None:
+    """Print the size of the network and of the space, and the reach of every cost that matters."""
+    search = planned.job.search
+    reach = []
+    for name in dict.fromkeys((search.cost_axis, *search.budgets)):
+        lowest, highest = planned.cost_range(name)
+        limit = f", at most {search.budgets[name]:.4g}" if name in search.budgets else ""
+        reach.append(f"{name} from {lowest:.4g} to {highest:.4g}{limit}")
+    console.print(
+        f"{planned.task.name}: {len(planned.summary.layers)} layers, "
+        f"{planned.summary.macs / 1e6:.2f} M MACs, {planned.summary.n_weights} weights; "
+        f"{planned.space.n_policies:.3g} policies, {'; '.join(reach)}",
+        highlight=False,
+    )
 
 
 def find_host(name: str) -> Host:

@@ -1,15 +1,18 @@
 """ONNX in integers: every layer sums integer codes, whatever its scheme, and rescales the sums.
 
 Inputs become codes of 8 bits or fewer; weights are 8-bit words in one bank, or in r banks with
-disjoint weights for powers of the r-th root of two (POST: two). Each bank is a `ConvInteger` or
-`MatMulInteger`, whose 32-bit sums are exact; they are scaled by the bank's constant, added, scaled
-by the weights' and the inputs' step, and the bias is added, in float64. Between layers the graph is
-the float network's: this is the form that onnxruntime runs, not the form of a chip.
+disjoint weights for powers of the r-th root of two (POST: two). Words that 8 bits do not hold (POT
+from 5 bits on) take several banks, one for each 7 bits of their magnitude. Each bank is a
+`ConvInteger` or `MatMulInteger`, whose 32-bit sums are exact; they are scaled by the bank's
+constant, added, scaled by the weights' and the inputs' step, and the bias is added, in float64.
+Between layers the graph is the float network's: this is the form that onnxruntime runs, not the
+form of a chip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -32,6 +35,8 @@ CodesOf = Callable[[Piece, QuantLayer, int, str], tuple[str, str]]
 #: Code 0 of signed inputs, which onnxruntime's convolution takes as unsigned.
 ZERO_OF_SIGNED = 128
 _LARGEST_SUM = 2**31 - 1
+#: Words beyond 8 bits are split into digits of this base, each with the word's sign.
+_LIMB = 2**7
 
 
 class IntegerLayers:
@@ -41,7 +46,7 @@ class IntegerLayers:
     writes_layers: ClassVar[bool] = True
 
     def check(self, name: str, layer: QuantLayer) -> None:
-        """Refuse words that 8 bits do not hold, sums that 32 do not, and unknown quantizers."""
+        """Refuse sums that 32 bits do not hold, padding with values, and unknown quantizers."""
         if layer.input_quantizer.name not in _CODES:
             known = did_you_mean(layer.input_quantizer.name, _CODES)
             msg = (
@@ -55,18 +60,13 @@ class IntegerLayers:
                 f"'{layer.padding_mode}'. Use `--format qonnx` or `--format package`."
             )
             raise StorageError(msg)
-        words = weight_words(layer.weight_quantizer, layer.get_parameter("weight"))
-        largest = max(int(bank.abs().max()) for bank in words.banks)
-        if any(int(b.max()) > 127 or int(b.min()) < -128 for b in words.banks):
-            msg = (
-                f"onnxruntime multiplies 8-bit integers, but the weights of layer '{name}' "
-                f"('{layer.weight_quantizer.name}' at {layer.weight_quantizer.bits} bits) are "
-                f"integers up to {largest}. Use `--format qonnx` or `--format package`."
-            )
-            raise StorageError(msg)
-        reach = max(int(b.abs().flatten(1).sum(1).max()) for b in words.banks) * 255
+        banks = int8_banks(layer)
+        reach = max(int(bank.abs().flatten(1).sum(1).max()) for bank, _ in banks) * 255
         if reach > _LARGEST_SUM:
-            msg = f"Sums of layer '{name}' may reach {reach}, beyond 32 bits. Use another format."
+            msg = (
+                f"ConvInteger sums in 32 bits, but sums of layer '{name}' may reach {reach}. Use "
+                "`--format qonnx` or `--format package`."
+            )
             raise StorageError(msg)
 
     def write_input(self, piece: Piece, layer: QuantLayer, rank: int, source: str) -> None:
@@ -78,16 +78,16 @@ class IntegerLayers:
             codes = piece.node("Add", codes, piece.constant("offset", _float(zero)))
         codes = piece.node("Cast", codes, to=types.UINT8)
         origin = piece.constant("origin", np.array(zero, np.int64), "UINT8")
-        words = weight_words(layer.weight_quantizer, layer.get_parameter("weight"))
+        unit = weight_words(layer.weight_quantizer, layer.get_parameter("weight")).unit
         is_linear = isinstance(layer, nn.Linear)
         shape = (-1,) if is_linear else (1, -1, *(1 for _ in range(rank - 2)))
         total = ""
-        for j, (bank, constant) in enumerate(zip(words.banks, words.constants, strict=True)):
+        for j, (bank, constant) in enumerate(int8_banks(layer)):
             held = piece.constant(f"bank_{j}", bank.T if is_linear else bank, "INT8")
             operator = "MatMulInteger" if is_linear else "ConvInteger"
             geometry = {} if is_linear else _geometry(layer)
             sums = piece.node(operator, codes, held, origin, **geometry)
-            worth = piece.constant(f"worth_{j}", (words.unit * constant).reshape(shape))
+            worth = piece.constant(f"worth_{j}", (unit * constant).reshape(shape))
             scaled = piece.node("Mul", piece.node("Cast", sums, to=types.DOUBLE), worth)
             total = piece.node("Add", total, scaled) if total else scaled
         total = piece.node("Mul", total, piece.node("Cast", step, to=types.DOUBLE))
@@ -98,6 +98,53 @@ class IntegerLayers:
 
     def write_weight(self, piece: Piece, layer: QuantLayer) -> None:
         """Not asked: the layer is written whole."""
+
+
+def int8_banks(layer: QuantLayer) -> list[tuple[Tensor, float]]:
+    """Return a layer's integer weights as banks of 8-bit words.
+
+    Returns:
+        Words, int64 from -128 to 127, # shape: (out, in / groups, *kernel), and the constant of
+        each bank: the weight words are `sum_j constant_j bank_j`. Powers of a root of two have
+        disjoint banks: of all, one at most holds a weight that is not 0.
+
+    Raises:
+        IntegerError: The quantizer has no integer form.
+    """
+    words = weight_words(layer.weight_quantizer, layer.get_parameter("weight"))
+    snapped = str(layer.weight_quantizer.options.get("sqrt_half", "exact"))
+    return [
+        (limb, constant * worth)
+        for whole, constant in zip(words.banks, words.constants, strict=True)
+        for part, factor in _by_parity(whole, snapped)
+        for limb, worth in _limbs(part, factor)
+    ]
+
+
+def _by_parity(words: Tensor, snapped: str) -> Iterator[tuple[Tensor, int]]:
+    """Yield words over their factor: those of odd exponents have m of sqrt(1/2) = m / 2^t."""
+    if snapped == "exact":
+        yield words, 1
+        return
+    ratio = Fraction(snapped)
+    is_odd = words % ratio.denominator != 0
+    for mask, factor in ((~is_odd, ratio.denominator), (is_odd, ratio.numerator)):
+        part = words.masked_fill(~mask, 0) // factor
+        if bool(part.any()) or factor == ratio.denominator:
+            yield part, factor
+
+
+def _limbs(words: Tensor, factor: int) -> Iterator[tuple[Tensor, float]]:
+    """Yield 8-bit words and their worth: all of them, or 7 bits of the magnitude at a time."""
+    if int(words.min()) >= -128 and int(words.max()) <= 127:
+        yield words, float(factor)
+        return
+    signs, rest, worth = words.sign(), words.abs(), factor
+    while bool(rest.any()):
+        limb = signs * (rest % _LIMB)
+        if bool(limb.any()):
+            yield limb, float(worth)
+        rest, worth = rest // _LIMB, worth * _LIMB
 
 
 def write_integer_onnx(file: Path, network: nn.Module, example: Tensor) -> Any:
@@ -114,7 +161,7 @@ def write_integer_onnx(file: Path, network: nn.Module, example: Tensor) -> Any:
         sums are the outputs of `ConvInteger` and `MatMulInteger`.
 
     Raises:
-        StorageError: A layer does not fit 8-bit words and 32-bit sums, or torch cannot export it.
+        StorageError: A layer's sums do not fit 32 bits, or torch cannot export it.
         IntegerError: A quantizer has no integer form.
         MissingExtraError: A package of the extra `onnx` is missing.
     """

@@ -1,11 +1,12 @@
 """The hardware package: packed codes, tables and scales, with a description in words.
 
-Two files in a folder. `tensors.safetensors` holds numbers: weight codes packed without gaps, level
+Files in a folder. `tensors.safetensors` holds numbers: weight codes packed without gaps, level
 tables, scales, input quantizers, and every other tensor of the network as it is (`network.*`:
 biases, batch norms, layers left in floating point). `package.json` says of each layer what it is,
 which tensors are its own, and how a code becomes a weight and an input becomes a code, so that it
-can be read without this package. How layers are connected is not in it: that is in the ONNX export
-and in the network's own code.
+can be read without this package. `vectors.safetensors`, where it is there, holds samples to test a
+reader with. How layers are connected is not in the package: that is in the ONNX export and in the
+network's own code.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from adq_search.convert import apply_policy_, check_policy_fits, quantized_layer
 from adq_search.errors import PolicyError, StorageError
 from adq_search.export._forms import input_form, restore_table_, weight_form, weight_table
 from adq_search.export._packing import pack, packed_bytes, unpack
+from adq_search.export.agreement import Outcome
+from adq_search.export.vectors import VECTORS, vectors_outcome, write_vectors
 from adq_search.files import read_json, write_atomic, write_json
 from adq_search.layers import QuantLayer
 from adq_search.policy import Policy
@@ -39,10 +42,37 @@ _READING = [
     "Codes stand in row-major order of `shape`: (out, in / groups, *kernel). A channel is an index "
     "of the first dimension; a scale of one element holds for all channels.",
     "A layer computes sum(weight * input) + bias with the weights and inputs that the rules give. "
-    "Padding is with zeros, after the input was quantized.",
+    "An input is padded (`padding_mode`) after it was quantized.",
     "Tensors are little-endian, in the safetensors format; `network.*` are the other parameters "
     "and buffers under their PyTorch names.",
+    "Where `vectors` is given, its file holds test vectors of the network that was exported: "
+    "`inputs`, `outputs`, and `<layer>.codes.<k>`, the codes of the layer's input in its k-th call "
+    "(int16). A value that lies on the boundary of two codes may fall on either side.",
 ]
+#: What each entry of the description means, for a reader who has nothing else.
+_FIELDS = {
+    "network_fingerprint": "hash of the network's layers and shapes",
+    "task": "name and options of the data and network that it was trained on",
+    "policy": "precision of every layer, as adq-search writes policy files",
+    "total.weight_bits": "sum of `weight.stored_bits`, as the cost model charges them",
+    "total.packed_bytes": "sum of `weight.packed_bytes`",
+    "layers": "in order of execution; `is_float` layers are left in floating point",
+    "layers.input_shape": "without the sample dimension; of the layer's first call",
+    "layers.geometry": "stride, padding, dilation and groups, as in PyTorch",
+    "layers.bias": "tensor added to the sums, one element a channel; null where there is none",
+    "weight.bits": "bits of a stored code",
+    "weight.n_levels": "codes run from 0 to n_levels - 1",
+    "weight.stored_bits": "number of weights times `bits`",
+    "weight.packed_bytes": "stored_bits / 8, rounded up to whole bytes once a layer",
+    "weight.rule": "how a code becomes a weight",
+    "weight.codes, weight.table, weight.scale": "names of the tensors that the rule means",
+    "weight.signs, weight.exponents, weight.root": "the table as sign * 2^(-exponent / root)",
+    "weight.sqrt_half": "what stands for the square root of 1/2, as a fraction",
+    "input.bits": "bits of an input code",
+    "input.lowest, input.highest": "range of an input code, both ends included",
+    "input.rule": "how an input becomes a code, and the code a value",
+    "input.tensors": "tensors that the rule names",
+}
 #: State of an input quantizer that the description gives as `bits`, `lowest` and `highest`.
 _DESCRIBED = ("calibrated_bits", "qmin", "qmax")
 
@@ -53,6 +83,8 @@ def write_package(
     policy: Policy,
     summary: ModelSummary,
     *,
+    samples: Tensor | None = None,
+    task: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a trained quantized network as a hardware package.
@@ -62,7 +94,9 @@ def write_package(
         network: Under `policy`, as `load_quantized` returns it.
         policy: Precision of every parametric layer.
         summary: The traced network.
-        provenance: How this was made; goes into the description.
+        samples: Inputs of test vectors, # shape: (N, ...); None writes no vectors.
+        task: Name and options of the task; goes into the description, as does
+        provenance: How this was made.
 
     Returns:
         The description, as written.
@@ -104,8 +138,10 @@ def write_package(
     description = {
         "schema": SCHEMA,
         "reading": _READING,
+        "fields": _FIELDS,
         "tensors_sha256": _digest(file),
         "network_fingerprint": summary.fingerprint,
+        "task": None if task is None else dict(task),
         "policy": policy.to_json(),
         "total": {
             "weight_bits": sum(r["weight"]["stored_bits"] for r in rows if not r["is_float"]),
@@ -113,6 +149,7 @@ def write_package(
             "file_bytes": file.stat().st_size,
         },
         "layers": rows,
+        "vectors": None if samples is None else _write_vectors(folder, network, samples),
         "provenance": dict(provenance or {}),
     }
     write_json(folder / DESCRIPTION, description)
@@ -134,15 +171,46 @@ def load_package_(network: nn.Module, folder: Path) -> nn.Module:
         StorageError: A file is missing, damaged, or of another version, or a tensor is missing.
         PolicyError: The network is another one.
     """
-    description = read_json(folder / DESCRIPTION, StorageError, what="package")
-    if not isinstance(description, dict) or description.get("schema") != SCHEMA:
-        msg = f"{folder / DESCRIPTION} is no package of schema '{SCHEMA}'. Export it again."
-        raise StorageError(msg)
+    description = read_description(folder)
     try:
         return _load_(network, description, folder / TENSORS)
     except (KeyError, TypeError) as error:
         msg = f"{folder / DESCRIPTION} was edited: {error} is missing or wrong. Export it again."
         raise StorageError(msg) from error
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the description of a package.
+
+    Raises:
+        StorageError: There is none, or it is of another version.
+    """
+    description = read_json(folder / DESCRIPTION, StorageError, what="package")
+    if not isinstance(description, dict) or description.get("schema") != SCHEMA:
+        msg = f"{folder / DESCRIPTION} is no package of schema '{SCHEMA}'. Export it again."
+        raise StorageError(msg)
+    return description
+
+
+def read_vectors(folder: Path) -> tuple[Tensor, Outcome] | None:
+    """Return the inputs of a package's test vectors and what the network made of them.
+
+    Returns:
+        None where the package was written without vectors.
+
+    Raises:
+        StorageError: A file is missing, damaged, or of another export.
+    """
+    about = read_description(folder).get("vectors")
+    if about is None:
+        return None
+    tensors = _read_tensors(folder / VECTORS, about.get("sha256"))
+    return tensors["inputs"], vectors_outcome(tensors)
+
+
+def _write_vectors(folder: Path, network: nn.Module, samples: Tensor) -> dict[str, Any]:
+    write_vectors(folder / VECTORS, network, samples)
+    return {"file": VECTORS, "sha256": _digest(folder / VECTORS), "samples": len(samples)}
 
 
 def _load_(network: nn.Module, description: Mapping[str, Any], file: Path) -> nn.Module:
@@ -240,7 +308,7 @@ def _is_packed(key: str, layers: Mapping[str, QuantLayer]) -> bool:
     return any(f".{part}." in f".{key}" for part in parts)
 
 
-def _read_tensors(file: Path, expected: str) -> dict[str, Tensor]:
+def _read_tensors(file: Path, expected: str | None) -> dict[str, Tensor]:
     try:
         if _digest(file) != expected:
             msg = f"{file} is not the file that its description was written for. Export it again."

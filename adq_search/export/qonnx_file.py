@@ -21,21 +21,21 @@ from torch import Tensor, nn
 from adq_search.errors import StorageError, did_you_mean
 from adq_search.export._forms import weight_form, weight_table
 from adq_search.export._graph import BASE_OPSET, Piece, export_graph, guest
-from adq_search.export.onnx_file import load_model, positive
+from adq_search.export.onnx_file import positive
 from adq_search.files import write_atomic
 from adq_search.layers import QuantLayer
 from adq_search.quantizers import AsqInput, N2uqInput
 from adq_search.quantizers.asq import SMALLEST_FACTOR
 from adq_search.quantizers.n2uq import MIN_WIDTH
 
-_DOMAIN = "qonnx.custom_op.general"
+QONNX_DOMAIN = "qonnx.custom_op.general"
 InputWriter = Callable[[Piece, QuantLayer, int, str], None]
 
 
 class Qonnx:
     """Writes every shipped quantizer."""
 
-    domains: ClassVar[Mapping[str, int]] = {_DOMAIN: 1}
+    domains: ClassVar[Mapping[str, int]] = {QONNX_DOMAIN: 1}
     writes_layers: ClassVar[bool] = False
 
     def check(self, name: str, layer: QuantLayer) -> None:
@@ -91,15 +91,6 @@ def write_qonnx(file: Path, network: nn.Module, example: Tensor) -> Any:
     return model
 
 
-def holds_qonnx(file: Path) -> bool:
-    """Whether an ONNX file has nodes of QONNX.
-
-    Raises:
-        StorageError: It cannot be read.
-    """
-    return any(node.domain == _DOMAIN for node in load_model(file).graph.node)
-
-
 def _quant(piece: Piece, source: str, scale: str, bits: int, *, is_signed: bool) -> None:
     zero = piece.constant("zero", np.zeros((), np.float32))
     width = piece.constant("bits", np.array(bits, np.float32))
@@ -109,7 +100,7 @@ def _quant(piece: Piece, source: str, scale: str, bits: int, *, is_signed: bool)
         scale,
         zero,
         width,
-        domain=_DOMAIN,
+        domain=QONNX_DOMAIN,
         signed=int(is_signed),
         narrow=0,
         rounding_mode="ROUND",
@@ -166,7 +157,7 @@ def _write_n2uq(piece: Piece, layer: QuantLayer, rank: int, source: str) -> None
         "MultiThreshold",
         scaled,
         piece.constant("thresholds", above),
-        domain=_DOMAIN,
+        domain=QONNX_DOMAIN,
         out_dtype=kind,
         out_bias=float(quantizer.lowest_code),
         data_layout=layout,

@@ -17,13 +17,16 @@ UNITS = {
     "multiply": "fJ/bit^2",
     "multiply_area": "GE/bit^2",
     "post_constant_rows": "rows",
-    "look_up": "factor",
+    "rom_energy": "fJ/bit",
     "rom_area": "GE/bit",
     "table_energy": "fJ/bit",
     "table_area": "GE/bit",
     "literal_table_energy": "fJ/bit",
     "literal_table_area": "GE/bit",
+    "bin_energy": "fJ/register",
     "requantize": "bit",
+    "carrier": "bit",
+    "rescale": "fJ/bit^2",
     "add": "fJ/bit",
     "memory_read": "pJ/bit",
     "weight_read": "pJ/bit",
@@ -40,13 +43,16 @@ class Operators:
     multiply: float
     multiply_area: float
     post_constant_rows: float
-    look_up: float
+    rom_energy: float
     rom_area: float
     table_energy: float
     table_area: float
     literal_table_energy: float
     literal_table_area: float
+    bin_energy: float
     requantize: float
+    carrier: float
+    rescale: float
     add: float
     memory_read: float
     weight_read: float
@@ -173,6 +179,16 @@ class Hardware:
     def uniform_fj(self, input_bits: float, weight_bits: float, accumulator_bits: float) -> float:
         """Return the unscaled energy of one integer multiply-accumulate, in fJ."""
         return self.unit("uniform").energy.at(input_bits * weight_bits, accumulator_bits)
+
+    def rescale_fj(self, value_bits: float, multiplier_bits: float | None = None) -> float:
+        """Return the unscaled energy of one rescaling (multiply, round, shift, clip), in fJ.
+
+        Args:
+            value_bits: Of what is rescaled.
+            multiplier_bits: Of the multiplier; None for the file's `requantize`.
+        """
+        bits = self.operators.requantize if multiplier_bits is None else multiplier_bits
+        return self.operators.rescale * value_bits * bits
 
     @cached_property
     def pj_per_fj(self) -> float:

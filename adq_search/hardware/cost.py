@@ -7,7 +7,8 @@ Compute energy, area, stored weight bits and moved activation bits are told apar
 compute and memory by the read energies of the hardware file, which is the named profile of that
 scalar. Weights are counted by their codes alone, as HAWQ-V3 [Yao2021]_ does; what the quantizers
 store beside them (steps, codebooks, tables, adapters) is `overhead_bytes`. Biases are in neither.
-Energy counts each stored byte read once and each input element read once for an inference.
+Energy counts each stored byte read once and each input element read once for an inference; inputs
+that must wait for a factor of their sample are read once more (see `input_stages.asq`).
 
 .. [Yao2021] Yao et al.: HAWQ-V3. ICML 2021.
 """
@@ -32,7 +33,7 @@ from adq_search.hardware.figures import (
     TotalCost,
     derived,
 )
-from adq_search.hardware.input_stages import WORD_BYTES, input_stage_of
+from adq_search.hardware.input_stages import SCALE_BYTES, input_stage_of
 from adq_search.policy import LayerPrecision, Options, OptionValue, Policy
 from adq_search.quantizers import WEIGHT_QUANTIZERS, resolve_scheme
 from adq_search.tracing import LayerInfo, ModelSummary
@@ -127,16 +128,16 @@ def layer_cost(
         fan_in=info.fan_in,
         n_sharing=info.out_channels // info.groups,
         options=weight_options,
+        uses_per_input=info.macs / info.n_input_reads,
     )
     mac = cheapest_mac(job, model)
     width = mac.widths.accumulator
     work = input_stage_of(scheme.input)(info, input_bits, width, model)
     weight_bytes = info.n_weights * stored_bits / 8
-    n_words = _n_words(scheme.weight, info, precision.weight_bits, weight_options)
-    overhead_bytes = n_words * WORD_BYTES + work.stored_bytes + mac.table_bits / 8
-    activation_bits = info.n_input_reads * input_bits
-    rescale_bits = int(model.operators.requantize)
-    rescale_fj = model.uniform_fj(width, rescale_bits, width + rescale_bits)
+    n_scales = _n_scales(scheme.weight, info, weight_options)
+    overhead_bytes = n_scales * SCALE_BYTES + work.stored_bytes + mac.table_bits / 8
+    activation_bits = info.n_input_reads * input_bits + work.moved_bits
+    rescale_pj = model.rescale_fj(width) * model.pj_per_fj
     return LayerCost(
         name=info.name,
         datapath=mac.datapath,
@@ -153,9 +154,9 @@ def layer_cost(
         ebops=info.macs * mac.effective_bits * input_bits,
         area_ge=mac.area_ge,
         compute_pj=info.macs * mac.mac_pj + info.n_input_reads * mac.input_pj,
-        requantize_pj=info.n_output_writes * (rescale_fj * model.pj_per_fj + mac.output_pj),
+        requantize_pj=info.n_output_writes * (rescale_pj + mac.output_pj),
         weight_memory_pj=(weight_bytes + overhead_bytes) * 8 * model.operators.weight_read,
-        input_memory_pj=info.n_input_reads * input_bits * model.operators.memory_read,
+        input_memory_pj=activation_bits * model.operators.memory_read,
         quantizer_pj=work.energy_pj,
         quantizer_ops=work.n_operations,
         **_timing(info, precision, 8 * (weight_bytes + overhead_bytes), activation_bits, model),
@@ -209,13 +210,11 @@ def _check_bits(info: LayerInfo, precision: LayerPrecision, hardware: Hardware) 
             raise CostError(msg)
 
 
-def _n_words(quantizer: str, info: LayerInfo, bits: int, options: dict[str, OptionValue]) -> int:
-    """Return the 16-bit words beside the codes: codebook levels, or steps and thresholds."""
+def _n_scales(quantizer: str, info: LayerInfo, options: dict[str, OptionValue]) -> int:
+    """Return the scales beside the codes: one for each output channel, or one for all."""
     kind = WEIGHT_QUANTIZERS[quantizer]
-    if kind.has_codebook:
-        return kind.n_levels(bits, **options)
     is_shared = kind.resolve_options(options).get("granularity") == "tensor"
-    return 1 if is_shared else info.out_channels
+    return 1 if is_shared or kind.has_codebook else info.out_channels
 
 
 def _timing(

@@ -42,7 +42,8 @@ class LayerCost:
         macs: Multiply-accumulates.
         weight_bytes: Bytes of the weight codes.
         overhead_bytes: Bytes of steps, thresholds, codebooks, tables and adapters.
-        activation_bits: Bits of the inputs read; the layer before wrote as many.
+        activation_bits: Bits of the inputs read, and of values that wait for a factor of their
+            sample and are read again; the layer before wrote as many.
         bops: Bit operations: MACs x weight bits x input bits.
         qops: The paper's quantized operations (Eqs. 15 and 16): MACs x b / 32, b the wider operand.
         ebops: Effective bit operations: bits that unrolled multipliers pay for, zero weights
@@ -125,7 +126,7 @@ class TotalCost:
         overhead_bytes: Bytes of steps, thresholds, codebooks, tables and adapters.
         memory_bytes: Both.
         stored_bits: The same in bits.
-        activation_bits: Bits of the inputs read.
+        activation_bits: Bits of the inputs read, waiting values included.
         bops: Bit operations.
         qops: The paper's quantized operations.
         ebops: Effective bit operations.

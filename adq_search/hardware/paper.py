@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adq_search.errors import CostError
-from adq_search.hardware.input_stages import ADAPTER_BITS, adapter_shapes
+from adq_search.hardware.input_stages import adapter_shapes
 from adq_search.tracing import LayerInfo
 
 #: Bits of the full-precision network that quantized operations refer to.
 REFERENCE_BITS = 32
+#: Bits of adapters and steps in Table 1.
+ADAPTER_BITS = 8
 
 
 def conv_parameters(c_in: int, c_out: int, k_w: int, k_h: int) -> int:

@@ -4,9 +4,10 @@
 checks each layer alone.
 """
 
+from adq_search.integer.agreement import Agreement, LayerAgreement
 from adq_search.integer.lower import lower
 from adq_search.integer.network import IntegerLayer, IntegerNetwork
-from adq_search.integer.verify import Agreement, LayerAgreement, LayerCheck, verify, verify_layers
+from adq_search.integer.verify import LayerCheck, verify, verify_layers
 from adq_search.integer.words import WeightWords, register_words, snap_codebooks_, weight_words
 
 __all__ = [

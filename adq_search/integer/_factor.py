@@ -2,7 +2,7 @@ r"""ASQ's factor in fixed point: an integer a sample, and the division by it.
 
 Notation:
     mean         of a channel's integers over the positions of a sample
-    W_1, W_2     adapter weights as 24-bit integers, each with a power-of-two unit
+    W_1, W_2     adapter weights as integers of at most 24 bits, with a power-of-two unit
     beta         factor, held as an integer of f fraction bits, at least 1
 
 References:
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adq_search.integer._fixed import SUM_BITS, Carrier, Rescale, make_rescale, power_unit
 from adq_search.quantizers import AsqInput
 
-#: Bits of the adapter's weights, sign included, and of the values it works on.
+#: Most bits of the adapter's weights, sign included, and bits of the values it works on.
 WEIGHT_BITS = 24
 VALUE_BITS = 27
 #: Bits of a factor.
@@ -84,16 +84,16 @@ def factor_of(quantizer: AsqInput, carrier: Carrier, n_positions: int, largest: 
     limit = carrier.limit
     fraction_bits = 0
     for layer in dense:
-        words, word_unit, norms = _words(layer)
-        reach = norms * limit + layer.bias.detach().double().abs()
+        bias = layer.bias.detach().double()
+        reach = float((layer.weight.detach().double().abs().sum(1) * limit + bias.abs()).max())
+        words, word_unit = _words(layer, unit, reach)
         bound = words.abs().sum(1).double() * math.ceil(limit / unit + 1)
-        limit = float(reach.max())
         is_last = layer is dense[-1]
-        limit = min(limit, largest) if is_last else limit
+        limit = min(reach, largest) if is_last else reach
         target = power_unit(limit, FACTOR_BITS if is_last else VALUE_BITS)
         rescale = make_rescale(
             [_scalar(unit * word_unit / target)],
-            layer.bias.detach().double() / target,
+            bias / target,
             [bound],
             lowest=1 if is_last else 0,
             highest=math.ceil(limit / target),
@@ -133,11 +133,18 @@ def shift_right(values: Tensor, shifts: Tensor) -> Tensor:
     return torch.where(shifts > 0, rounded, values << (-shifts).clamp(0, SUM_BITS))
 
 
-def _words(layer: nn.Linear) -> tuple[Tensor, float, Tensor]:
-    """Integer weights, their unit, and the L1 norm of the float weights by output."""
+def _words(layer: nn.Linear, unit: float, reach: float) -> tuple[Tensor, float]:
+    """Return integer weights and their unit: `WEIGHT_BITS`, fewer where int64 could not sum them.
+
+    Args:
+        layer: Of the adapter.
+        unit: Of its inputs.
+        reach: Largest magnitude of its outputs.
+    """
     weight = layer.weight.detach().double()
-    unit = power_unit(float(weight.abs().max()), WEIGHT_BITS - 1)
-    return (weight / unit).round().long(), unit, weight.abs().sum(1)
+    finest = power_unit(float(weight.abs().max()), WEIGHT_BITS - 1)
+    word_unit = max(finest, power_unit(reach, SUM_BITS - 2) / unit)
+    return (weight / word_unit).round().long(), word_unit
 
 
 def _scalar(value: float) -> Tensor:

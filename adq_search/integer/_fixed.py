@@ -12,8 +12,8 @@ Ties round up. int64 always holds the sum; float64 computes it exactly while it 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -28,6 +28,8 @@ SUM_BITS = 62
 MULTIPLIER_BITS = 32
 #: Bits that a multiplier keeps before speed matters: the precision of float32, and a sign.
 MULTIPLIER_ENOUGH = 25
+#: Share of the largest result that rounded multipliers may lose: about what float32 loses.
+COARSEST_RESULT = 2.0**-20
 #: Values that are rescaled together: half a megabyte of float64.
 BLOCK = 2**16
 #: Bits of a value between layers, sign included.
@@ -98,31 +100,46 @@ class Rescale:
     is_exact_in_float64: bool
 
     @cached_property
+    def _flat(self) -> Rescale:
+        """The same for values whose channels stand last."""
+        return replace(
+            self,
+            multipliers=tuple(m.flatten() for m in self.multipliers),
+            shifts=self.shifts.flatten(),
+            offsets=self.offsets.flatten(),
+        )
+
+    @cached_property
     def _scaled(self) -> tuple[tuple[Tensor, ...], Tensor]:
         """Multipliers and offsets over 2^s: exact, since only the exponent changes."""
         down = torch.exp2(-self.shifts.double())
         return tuple(m.double() * down for m in self.multipliers), self.offsets.double() * down
 
     def fast(self, *values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return the results as integers in floating point, computed block by block in the cache.
+        """Return the results, computed block by block in the cache; channels lie together.
 
         Args:
             *values: Integers in floating point, all of one shape, samples first.
-            dtype: Of the results; float32 for codes.
+            dtype: Of the results; the narrowest for codes.
         """
         first = values[0]
-        out = torch.empty_like(first, dtype=dtype)
-        by_channel = 0 < self.shifts.ndim == first.ndim - 1
+        channel_dim = first.ndim - self.shifts.ndim if self.shifts.ndim else min(1, first.ndim - 1)
+        last = [value.movedim(channel_dim, -1) for value in values]
+        out = torch.empty(last[0].shape, dtype=dtype)
+        n_channels = max(1, out.shape[-1])
+        rows, out_rows = [v.reshape(-1, n_channels) for v in last], out.view(-1, n_channels)
         work = torch.float64 if self.is_exact_in_float64 else torch.int64
         buffers = [torch.empty(0, dtype=work) for _ in values]
-        for block in _blocks(first.shape, by_channel=by_channel):
+        at_once = max(1, BLOCK // n_channels)
+        for start in range(0, len(out_rows), at_once):
             parts = []
-            for buffer, value in zip(buffers, values, strict=True):
-                part = value[block]
+            for buffer, value in zip(buffers, rows, strict=True):
+                part = value[start : start + at_once]
                 parts.append(buffer.resize_(part.shape).copy_(part))
-            channels = block[1] if by_channel else slice(None)
-            out[block] = self._block_(parts, channels)
-        return out
+            result = self._flat._rows_(parts)
+            # Bytes are reached faster by way of int32.
+            out_rows[start : start + at_once] = result.int() if dtype == torch.uint8 else result
+        return out.movedim(-1, channel_dim)
 
     def slow(self, *values: Tensor) -> Tensor:
         """Return the results in int64.
@@ -130,45 +147,24 @@ class Rescale:
         Args:
             *values: int64, all of one shape.
         """
-        return self._integers_([value.clone() for value in values], slice(None))
+        return self._integers_([value.clone() for value in values])
 
-    def _block_(self, parts: list[Tensor], channels: slice) -> Tensor:
+    def _rows_(self, parts: list[Tensor]) -> Tensor:
         if not self.is_exact_in_float64:
-            return self._integers_(parts, channels)
+            return self._integers_(parts)
         scales, offsets = self._scaled
-        total = parts[0].mul_(_rows(scales[0], channels))
+        total = parts[0].mul_(scales[0])
         for part, scale in zip(parts[1:], scales[1:], strict=True):
-            total.add_(part.mul_(_rows(scale, channels)))
-        total.add_(_rows(offsets, channels)).floor_()
-        return total.clamp_(self.lowest, self.highest)
+            total.add_(part.mul_(scale))
+        return total.add_(offsets).floor_().clamp_(self.lowest, self.highest)
 
-    def _integers_(self, parts: list[Tensor], channels: slice) -> Tensor:
-        total = parts[0].mul_(_rows(self.multipliers[0], channels))
+    def _integers_(self, parts: list[Tensor]) -> Tensor:
+        total = parts[0].mul_(self.multipliers[0])
         for part, multiplier in zip(parts[1:], self.multipliers[1:], strict=True):
-            total.add_(part.mul_(_rows(multiplier, channels)))
-        total.add_(_rows(self.offsets, channels))
-        total >>= _rows(self.shifts, channels)
+            total.add_(part.mul_(multiplier))
+        total.add_(self.offsets)
+        total >>= self.shifts
         return total.clamp_(self.lowest, self.highest)
-
-
-def _blocks(shape: tuple[int, ...], *, by_channel: bool) -> Iterator[tuple[slice, ...]]:
-    """Cut a tensor into blocks of about `BLOCK` values: some samples, or some channels of one."""
-    n_samples = shape[0]
-    per_sample, per_channel = math.prod(shape[1:]), math.prod(shape[2:])
-    n_channels = shape[1] if by_channel else 1
-    if per_sample <= BLOCK or not by_channel:
-        at_once = max(1, BLOCK // max(1, per_sample))
-        for i in range(0, n_samples, at_once):
-            yield (slice(i, i + at_once), slice(None))[: min(2, len(shape))]
-        return
-    at_once = max(1, BLOCK // max(1, per_channel))
-    for i in range(n_samples):
-        for c in range(0, n_channels, at_once):
-            yield slice(i, i + 1), slice(c, c + at_once)
-
-
-def _rows(by_channel: Tensor, channels: slice) -> Tensor:
-    return by_channel[channels] if by_channel.ndim else by_channel
 
 
 def make_rescale(
@@ -194,7 +190,8 @@ def make_rescale(
         multiplier_bits: Bits of a multiplier, sign included, 2 to 32.
 
     Raises:
-        IntegerError: A ratio or the offset is not finite, or too large for any shift.
+        IntegerError: A ratio or the offset is not finite, or too large for any shift, or the
+            sums leave a multiplier too few bits.
     """
     finite = all(bool(torch.isfinite(t).all()) for t in (*ratios, offset))
     # What is always zero needs no multiplier: the ratio of a dead channel may be anything.
@@ -216,6 +213,16 @@ def make_rescale(
     up = torch.exp2(shifts.double())
     top = 2 ** (multiplier_bits - 1) - 1
     multipliers = tuple((r * up).round().long().clamp(-top, top) for r in ratios)
+    lost = sum(
+        b * (m.double() / up - r).abs() for b, m, r in zip(bounds, multipliers, ratios, strict=True)
+    )
+    if bool((lost > COARSEST_RESULT * reach).any()):
+        msg = (
+            f"Rescaling may lose {COARSEST_RESULT:.0e} of the largest result, but sums of "
+            f"{SUM_BITS} bits leave multipliers that lose {float((lost / reach).max()):.1e}. "
+            "Use narrower inputs, or fewer of them."
+        )
+        raise IntegerError(msg)
     half = torch.ones_like(shifts) << (shifts - 1)
     offsets = (offset * up).round().long() + half
     sums = offsets.abs().double() + sum(

@@ -6,7 +6,7 @@ Notation:
     T_i      thresholds (N2UQ): x beta_1 > T_i exactly where v > floor(T_i / (beta_1 u))
 
 Every stage takes int64 values and computes in int64, or takes integers in float64 and returns the
-same codes in float32.
+same codes in the narrowest type that holds them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from adq_search.errors import IntegerError, did_you_mean
 from adq_search.integer._factor import FactorOf, divide_by_factor, factor_of
-from adq_search.integer._fixed import Carrier, Rescale, make_rescale
-from adq_search.integer.steps import Step
+from adq_search.integer._fixed import Carrier, make_rescale
+from adq_search.integer._int8 import code_dtype
+from adq_search.integer.steps import Requantize, Step
 from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput
 from adq_search.quantizers._calibration import EPS
 from adq_search.quantizers._nearest import count_below
@@ -70,6 +71,11 @@ class InputStage:
         """Largest magnitude of a code."""
         return max(abs(self.lowest), abs(self.highest))
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Narrowest type of tensor that holds the codes."""
+        return code_dtype(self.lowest, self.highest)
+
 
 StageOf = Callable[[InputQuantizer, Carrier, Seen], InputStage]
 _STAGES: dict[str, StageOf] = {}
@@ -114,24 +120,16 @@ def input_stage(quantizer: InputQuantizer, carrier: Carrier, seen: Seen) -> Inpu
 
 
 @dataclass(frozen=True, slots=True)
-class _ByMultiplier:
-    rescale: Rescale
-
-    def __call__(self, *values: Tensor) -> Tensor:
-        if values[0].dtype == torch.int64:
-            return self.rescale.slow(*values)
-        return self.rescale.fast(*values, dtype=torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
 class _ByThresholds:
     thresholds: Tensor
     lowest: int
+    highest: int
 
     def __call__(self, *values: Tensor) -> Tensor:
         if values[0].dtype == torch.int64:
             return (values[0].unsqueeze(-1) > self.thresholds).sum(-1) + self.lowest
-        return count_below(values[0], self.thresholds.double()).float().add_(self.lowest)
+        counts = count_below(values[0], self.thresholds.double())
+        return counts.add_(self.lowest).to(code_dtype(self.lowest, self.highest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,8 @@ class _ByFactor:
         whole, factors = values[0].long(), values[1]
         codes = divide_by_factor(whole, factors, self.ratio, self.fraction_bits)
         codes = codes.clamp_(self.lowest, self.highest)
-        return codes if values[0].dtype == torch.int64 else codes.float()
+        is_integer = values[0].dtype == torch.int64
+        return codes if is_integer else codes.to(code_dtype(self.lowest, self.highest))
 
 
 @register_input_stage("lsq")
@@ -161,7 +160,8 @@ def _uniform(quantizer: InputQuantizer, carrier: Carrier, seen: Seen) -> InputSt
         lowest=lowest,
         highest=highest,
     )
-    return InputStage(_ByMultiplier(rescale), step, lowest, highest, can_fuse=True)
+    codes = Requantize(rescale, makes_codes=True)
+    return InputStage(codes, step, lowest, highest, can_fuse=True)
 
 
 @register_input_stage("n2uq")
@@ -175,7 +175,7 @@ def _thresholds(quantizer: InputQuantizer, carrier: Carrier, seen: Seen) -> Inpu
     whole = scaled.floor().clamp(-(2.0**52), 2.0**52).long()
     lowest, highest = int(quantizer.qmin), int(quantizer.qmax)
     step = _positive(quantizer.out_scale) * 2 / widths.numel()
-    return InputStage(_ByThresholds(whole, lowest), step, lowest, highest)
+    return InputStage(_ByThresholds(whole, lowest, highest), step, lowest, highest)
 
 
 @register_input_stage("asq")

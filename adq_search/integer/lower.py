@@ -187,7 +187,10 @@ class _Lowering:
             table = table_sums(layer, name, fraction_bits=fraction_bits)
             sums, ratios = (table,), [table.unit * stage.step]
         else:
-            sums = tuple(ExactSum(bank, geometry, stage.max_code, name) for bank in words.banks)
+            sums = tuple(
+                ExactSum(bank, geometry, stage.max_code, name, stage.code_dtype)
+                for bank in words.banks
+            )
             ratios = [words.unit * (constant * stage.step) for constant in words.constants]
         names = tuple(f"{name}:sum{j}" for j in range(len(sums)))
         for result, exact in zip(names, sums, strict=True):

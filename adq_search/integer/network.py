@@ -88,7 +88,7 @@ class IntegerNetwork(nn.Module):
             Logits, float64, # shape: (N, classes)
 
         Raises:
-            IntegerError: The inputs have another shape than the network was lowered for.
+            IntegerError: The inputs have another shape than the network was lowered for, or NaN.
         """
         return self.integers(inputs)[self.output].double() * self.output_unit
 
@@ -107,7 +107,7 @@ class IntegerNetwork(nn.Module):
             arithmetic: `fast`, or `int64` for the slow arithmetic that is obviously exact.
 
         Raises:
-            IntegerError: The inputs have another shape than the network was lowered for.
+            IntegerError: The inputs have another shape than the network was lowered for, or NaN.
         """
         if tuple(inputs.shape[1:]) != self.sample_shape:
             msg = (
@@ -115,6 +115,9 @@ class IntegerNetwork(nn.Module):
                 f"{', '.join(map(str, self.sample_shape))}), but got {tuple(inputs.shape)}. "
                 "Lower the network again with an example of that shape."
             )
+            raise IntegerError(msg)
+        if bool(inputs.isnan().any()):
+            msg = "Integers have no NaN, but the inputs have. Clean them first."
             raise IntegerError(msg)
         wanted = {*keep, self.output}
         with exact_float32():

@@ -1,7 +1,7 @@
 """What an integer network does, one step after another, on integers only.
 
-A step takes int64 tensors and returns int64, or takes the same integers in floating point (float64
-between layers, float32 for codes) and returns the same results, faster.
+A step takes int64 tensors and returns int64, or takes the same integers in other types (float64
+between layers, float32 for sums, the narrowest for codes) and returns the same results, faster.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from adq_search.integer._factor import shift_right
 from adq_search.integer._fixed import Rescale
+from adq_search.integer._int8 import code_dtype
 
 #: Size, stride and padding of pooling windows, one entry a spatial dimension.
 Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -38,7 +39,7 @@ class Sums(Protocol):
         ...
 
     def fast(self, codes: Tensor) -> Tensor:
-        """Return the sums as integers in floating point, from codes in float32."""
+        """Return the sums as integers in floating point, from codes of any other type."""
         ...
 
     def slow(self, codes: Tensor) -> Tensor:
@@ -107,9 +108,10 @@ class Requantize:
         """Return the results."""
         if values[0].dtype == torch.int64:
             return self.rescale.slow(*values)
-        return self.rescale.fast(
-            *values, dtype=torch.float32 if self.makes_codes else torch.float64
-        )
+        dtype = torch.float64
+        if self.makes_codes:
+            dtype = code_dtype(self.rescale.lowest, self.rescale.highest)
+        return self.rescale.fast(*values, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)

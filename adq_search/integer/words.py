@@ -187,7 +187,8 @@ def snap_codebooks_(network: nn.Module, level_bits: int = LEVEL_BITS) -> dict[st
     """Round every ADQ codebook to integer level words, in place.
 
     Afterwards the fake-quantized network multiplies by the levels that the integer network's
-    table holds; do it after training, and measure the accuracy then.
+    table holds. A trial does it after training and before it measures; a codebook that was snapped
+    is not changed by a bit.
 
     Args:
         network: Quantized; layers of other schemes are left alone.
@@ -203,7 +204,8 @@ def snap_codebooks_(network: nn.Module, level_bits: int = LEVEL_BITS) -> dict[st
             continue
         words, unit = level_words(module, level_bits)
         snapped = words.double() * unit
-        moved = (snapped - module.codebook.double()).abs().max() / snapped.abs().max()
+        largest = unit * (2 ** (level_bits - 1) - 1)
+        moved = (snapped - module.codebook.double()).abs().max() / largest
         moves[name.removesuffix(".weight_quantizer")] = float(moved)
         module.codebook.copy_(snapped)
     return moves

@@ -3,6 +3,7 @@
 `WEIGHT_QUANTIZERS` and `INPUT_QUANTIZERS` hold them by name; `resolve_scheme` pairs them.
 """
 
+from adq_search.quantizers._again import made_again
 from adq_search.quantizers._base import (
     INPUT_QUANTIZERS,
     WEIGHT_QUANTIZERS,
@@ -51,6 +52,7 @@ __all__ = [
     "WeightQuantizer",
     "check_options",
     "check_precision",
+    "made_again",
     "make_quantizers",
     "resolve_scheme",
 ]

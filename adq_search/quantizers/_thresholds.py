@@ -22,7 +22,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from adq_search.quantizers._calibration import computing_dtype
-from adq_search.quantizers._nearest import count_below, dense, inverse, look_up
+from adq_search.quantizers._compile import Kernel
+from adq_search.quantizers._intervals import interval_entry, interval_sums, padded, rank
+from adq_search.quantizers._nearest import count_below
+from adq_search.quantizers._rows import from_rows, row_order, to_rows
 
 # torch leaves Function.apply without annotations.
 # mypy: disable-error-code="no-untyped-call"
@@ -49,8 +52,7 @@ def thresholds_through(
 def threshold_index(values: Tensor, start: Tensor, widths: Tensor, in_scale: Tensor) -> Tensor:
     """Return how many thresholds lie below each scaled value; int32, same shape."""
     scaled = values.to(computing_dtype(values, widths)) * in_scale
-    thresholds = _knots(start, widths)[:-1] + widths / 2
-    return count_below(scaled, thresholds)
+    return count_below(scaled, _thresholds(_knots(start, widths), widths))
 
 
 class _Thresholds(Function):
@@ -60,52 +62,96 @@ class _Thresholds(Function):
     def forward(
         ctx: Any, x: Tensor, s: Tensor, a: Tensor, beta_1: Tensor, beta_2: Tensor, n: Tensor
     ) -> Tensor:
-        index = threshold_index(x, s, a, beta_1)
+        order = row_order(x)
+        thresholds = padded(_thresholds(_knots(s, a), a).to(computing_dtype(x, a)))
+        rows, index = _quantize(to_rows(x, order), thresholds, beta_1, _output_step(a, beta_2), n)
         # One byte an element spares the backward pass a second search.
-        ctx.save_for_backward(x, s, a, beta_1, beta_2, n, index.to(torch.uint8))
-        return look_up(equidistant_levels(a, beta_2, n), index).to(x.dtype)
+        ctx.save_for_backward(x, s, a, beta_1, beta_2, n, index)
+        ctx.again = _levels_again
+        return from_rows(rows, x, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, s, a, beta_1, beta_2, n, index = ctx.saved_tensors
+        order = row_order(x)
         m, d = a.numel(), 2 / a.numel()
-        index, back = dense(index)
-        order = inverse(back)
-        x_wide = _matrix(x.permute(order).contiguous().to(computing_dtype(x, a)))
-        r = _matrix(gradients[0].permute(order).contiguous().to(x_wide.dtype))
-        # S_i lies between T_i and T_(i+1): half 2i is the upper half of interval i, half 2i + 1
-        # the lower half of interval i + 1. One more pair is for NaN.
-        half = _matrix(index.long())
-        knots = _knots(s, a).to(x_wide.dtype)
-        from_knot = (x_wide * beta_1).sub_(_take(_pad(knots), half))
-        half.mul_(2).add_(torch.gt(from_knot, 0, out=torch.empty_like(half)))
-
+        dtype = computing_dtype(x, a)
+        knots = _knots(s, a)
         slope = beta_2 * d / a
-        half_slope = torch.cat([a.new_zeros(1), slope.repeat_interleave(2), a.new_zeros(3)])
-        grad_x = _take((half_slope * beta_1).to(r.dtype), half).mul_(r)
-
-        r_sum = _sum_by(half, r, 2 * m + 4).view(-1, 2)[:-1]
-        moment = _sum_by(half, from_knot.mul_(r), 2 * m + 4).view(-1, 2)[:-1]
-        # Sums over whole intervals 1..M of R, and of R times the distance from the left end.
-        r_interval = r_sum[:-1, 1] + r_sum[1:, 0]
-        r_distance = moment[:-1, 1] + moment[1:, 0] + a * r_sum[1:, 0]
+        grad_x, r_interval, r_distance, r_code = _gradients(
+            to_rows(x, order),
+            to_rows(gradients[0], order),
+            index,
+            beta_1,
+            padded(knots.to(dtype)),
+            padded((slope * beta_1).to(dtype), 0.0, like=knots),
+            n,
+        )
+        # Sums over the elements of intervals 1..M of R, and of R times the distance from the left.
+        r_interval, r_distance = r_interval[:m], r_distance[:m]
         # Every interval pushes those after it: dg/ds = -D/a_i, and the same for a_j with j < i.
         push = slope * r_interval
         grad_s = -push.sum()
         grad_a = push.cumsum(0) + grad_s - slope * r_distance / a
         grad_beta_1 = (slope * (r_distance + knots[:-1] * r_interval)).sum() / beta_1
-        codes = torch.arange(m + 1, dtype=r.dtype, device=r.device) + n
-        grad_beta_2 = d * (codes * r_sum.sum(1)).sum()
-        trained = (grad_s, grad_a, grad_beta_1, grad_beta_2)
-        grad_x = grad_x.to(x.dtype).view(index.shape).permute(back)
+        trained = (grad_s, grad_a, grad_beta_1, d * r_code)
+        grad_x = from_rows(grad_x, x, order)
         return grad_x, *(gradient.to(a.dtype) for gradient in trained), None
+
+
+def _levels_again(ctx: Any) -> Tensor:
+    x, _, a, _, beta_2, n, index = ctx.saved_tensors
+    order = row_order(x)
+    return from_rows(_levels(to_rows(x, order), index, _output_step(a, beta_2), n), x, order)
+
+
+@Kernel
+def _quantize(
+    x: Tensor, thresholds: Tensor, beta_1: Tensor, step: Tensor, n: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Quantized values, and how many thresholds lie below each as one byte."""
+    below = rank(x.to(thresholds.dtype) * beta_1, thresholds)
+    return torch.where(x.isnan(), x, ((below + n) * step).to(x.dtype)), below.to(torch.uint8)
+
+
+@Kernel
+def _levels(x: Tensor, index: Tensor, step: Tensor, n: Tensor) -> Tensor:
+    levels = (index.to(computing_dtype(x, step)) + n) * step
+    return torch.where(x.isnan(), x, levels.to(x.dtype))
+
+
+@Kernel
+def _gradients(
+    x: Tensor,
+    upstream: Tensor,
+    index: Tensor,
+    beta_1: Tensor,
+    knots: Tensor,
+    slopes: Tensor,
+    n: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient to x; by interval, sums of R and of R times the distance from its left end; R code.
+
+    Slopes are those of g at x, of the interval right of each knot.
+    """
+    r = upstream.to(knots.dtype)
+    scaled = x.to(knots.dtype) * beta_1
+    grad_x = r * interval_entry(scaled, knots, slopes)
+    r_code = (r * (index.to(r.dtype) + n)).sum(dim=1).sum()
+    r_interval, r_distance = interval_sums(scaled, r, knots)
+    return grad_x.to(x.dtype), r_interval, r_distance, r_code
+
+
+def _output_step(a: Tensor, beta_2: Tensor) -> Tensor:
+    """The distance beta_2 D of two output levels, # shape: ()."""
+    return beta_2 * (2 / a.numel())
 
 
 def equidistant_levels(a: Tensor, beta_2: Tensor, n: Tensor) -> Tensor:
     """Return N2UQ's output levels beta_2 D (i + n), i = 0..M, # shape: (M + 1,)."""
     codes = torch.arange(a.numel() + 1, dtype=a.dtype, device=a.device) + n
-    return codes * (beta_2 * (2 / a.numel()))
+    return codes * _output_step(a, beta_2)
 
 
 def _knots(s: Tensor, a: Tensor) -> Tensor:
@@ -113,20 +159,6 @@ def _knots(s: Tensor, a: Tensor) -> Tensor:
     return s + torch.cat([a.new_zeros(1), a.cumsum(0)])
 
 
-def _pad(table: Tensor) -> Tensor:
-    return torch.cat([table, table.new_zeros(1)])
-
-
-def _take(table: Tensor, indices: Tensor) -> Tensor:
-    return table.index_select(0, indices.view(-1)).view(indices.shape)
-
-
-def _sum_by(groups: Tensor, values: Tensor, n_groups: int) -> Tensor:
-    """Sum values by group, first within rows, then over rows, # shape: (n_groups,)."""
-    sums = values.new_zeros(len(values), n_groups)
-    return sums.scatter_add_(1, groups, values).sum(0)
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """View contiguous memory as one row a sample."""
-    return tensor.flatten(1) if tensor.ndim > 1 else tensor.unsqueeze(-1)
+def _thresholds(knots: Tensor, a: Tensor) -> Tensor:
+    """T_i = S_(i-1) + a_i / 2, # shape: (M,)."""
+    return knots[:-1] + a / 2

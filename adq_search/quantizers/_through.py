@@ -26,7 +26,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from adq_search.quantizers._calibration import EPS, computing_dtype
-from adq_search.quantizers._nearest import look_up, nearest_index
+from adq_search.quantizers._compile import Kernel
+from adq_search.quantizers._nearest import nearest_level, nearest_tables
+from adq_search.quantizers._rows import column, from_column, from_rows, row_order, to_rows
 
 # torch leaves Function.apply without annotations.
 # mypy: disable-error-code="no-untyped-call"
@@ -55,7 +57,8 @@ def uniform_through(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) ->
 
     Args:
         values: Any shape.
-        step: Positive, broadcastable to `values`: one, one a channel, or one a sample.
+        step: Positive; one, or one for each entry of the first dimension (a channel of weights, a
+            sample of inputs).
         qmin: Smallest code, # shape: ()
         qmax: Largest code, # shape: ()
 
@@ -76,7 +79,7 @@ def clipped_through(values: Tensor, threshold: Tensor, unit_levels: Tensor) -> T
 
     Args:
         values: Any shape.
-        threshold: Positive, broadcastable to `values`.
+        threshold: Positive; one, or one for each entry of the first dimension.
         unit_levels: Sorted levels from -1 to 1, # shape: (levels,)
 
     Returns:
@@ -104,53 +107,96 @@ class _PositiveStep(Function):
 
 
 class _Uniform(Function):
-    """[Esser2020] Eqs. 1-3 and 5; [Zhou2025] Eqs. 5-7 with s_a in every place."""
-
     @staticmethod
     def forward(ctx: Any, v: Tensor, s: Tensor, n: Tensor, p: Tensor) -> Tensor:
         ctx.save_for_backward(v, s, n, p)
-        return uniform_integers(v, s, n, p).mul_(s).to(v.dtype)
+        ctx.again = _uniform_again
+        return _uniform_rows(v, s, n, p)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v, s, n, p = ctx.saved_tensors
-        r = gradients[0].to(computing_dtype(v, s))
-        z = _clip_(v.to(r.dtype) / s, n, p)
-        # Comparisons into floating point are vectorized; boolean masks cost ten times as much.
-        inside, below = torch.empty_like(z), torch.empty_like(z)
-        torch.gt(z, n, out=inside)
-        inside.mul_(torch.lt(z, p, out=below))
-        grad_v = torch.mul(r, inside, out=below)
-        # d v_hat / d s: round(z) - z inside, n below, p above.
-        inside.mul_(z)
-        grad_s = z.round_().sub_(inside).mul_(r).sum_to_size(s.shape)
-        return grad_v.to(v.dtype), grad_s.to(s.dtype), None, None
+        order = row_order(v)
+        rows = to_rows(v, order)
+        upstream = to_rows(gradients[0], order)
+        grad_v, grad_s = _uniform_gradients(rows, upstream, column(s, rows), n, p)
+        return from_rows(grad_v, v, order), from_column(grad_s, s), None, None
+
+
+def _uniform_again(ctx: Any) -> Tensor:
+    return _uniform_rows(*ctx.saved_tensors)
+
+
+def _uniform_rows(v: Tensor, s: Tensor, n: Tensor, p: Tensor) -> Tensor:
+    order = row_order(v)
+    rows = to_rows(v, order)
+    return from_rows(_uniform(rows, column(s, rows), n, p), v, order)
+
+
+@Kernel
+def _uniform(v: Tensor, s: Tensor, n: Tensor, p: Tensor) -> Tensor:
+    return uniform_integers(v, s, n, p).mul_(s).to(v.dtype)
+
+
+@Kernel
+def _uniform_gradients(
+    v: Tensor, upstream: Tensor, s: Tensor, n: Tensor, p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[Esser2020] Eqs. 1-3 and 5; [Zhou2025] Eqs. 5-7 with s_a in every place."""
+    r = upstream.to(computing_dtype(v, s))
+    z = _clip_(v.to(r.dtype) / s, n, p)
+    # Comparisons into floating point are vectorized; boolean masks cost ten times as much.
+    inside, below = torch.empty_like(z), torch.empty_like(z)
+    torch.gt(z, n, out=inside)
+    inside.mul_(torch.lt(z, p, out=below))
+    grad_v = torch.mul(r, inside, out=below).to(v.dtype)
+    # d v_hat / d s: round(z) - z inside, n below, p above.
+    inside.mul_(z)
+    grad_s = z.round_().sub_(inside).mul_(r).sum(dim=1, keepdim=True)
+    return grad_v, grad_s.to(s.dtype)
 
 
 class _Clipped(Function):
-    """POT and POST with a learned alpha: [Zhou2025] Eqs. 3 and 17, gradients of its public code."""
-
     @staticmethod
     def forward(ctx: Any, v: Tensor, alpha: Tensor, unit_levels: Tensor) -> Tensor:
         ctx.save_for_backward(v, alpha, unit_levels)
-        z = v.to(computing_dtype(v, alpha)) / alpha
-        unit_levels = unit_levels.to(z.dtype)
-        return look_up(unit_levels, nearest_index(z, unit_levels)).mul(alpha).to(v.dtype)
+        order = row_order(v)
+        rows = to_rows(v, order)
+        tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
+        return from_rows(_clipped(rows, column(alpha, rows), *tables), v, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v, alpha, unit_levels = ctx.saved_tensors
-        r = gradients[0].to(computing_dtype(v, alpha))
-        z = v.to(r.dtype) / alpha
-        unit_levels = unit_levels.to(z.dtype)
-        q = look_up(unit_levels, nearest_index(z, unit_levels))
-        outside = z.abs() > 1
-        # d v_hat / d alpha: q - z inside, sign(v) outside, where q is -1 or 1.
-        slope = q - z.masked_fill(outside, 0)
-        grad_alpha = (slope * r).sum_to_size(alpha.shape)
-        return r.masked_fill(outside, 0).to(v.dtype), grad_alpha.to(alpha.dtype), None
+        order = row_order(v)
+        rows = to_rows(v, order)
+        upstream = to_rows(gradients[0], order)
+        tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
+        grad_v, grad_alpha = _clipped_gradients(rows, upstream, column(alpha, rows), *tables)
+        return from_rows(grad_v, v, order), from_column(grad_alpha, alpha), None
+
+
+@Kernel
+def _clipped(v: Tensor, alpha: Tensor, unit_levels: Tensor, midpoints: Tensor) -> Tensor:
+    q, _ = nearest_level(v.to(unit_levels.dtype) / alpha, unit_levels, midpoints)
+    return (q * alpha).to(v.dtype)
+
+
+@Kernel
+def _clipped_gradients(
+    v: Tensor, upstream: Tensor, alpha: Tensor, unit_levels: Tensor, midpoints: Tensor
+) -> tuple[Tensor, Tensor]:
+    """POT and POST with a learned alpha: [Zhou2025] Eqs. 3 and 17, gradients of its public code."""
+    r = upstream.to(unit_levels.dtype)
+    z = v.to(r.dtype) / alpha
+    q, _ = nearest_level(z, unit_levels, midpoints)
+    outside = z.abs() > 1
+    # d v_hat / d alpha: q - z inside, sign(v) outside, where q is -1 or 1.
+    slope = q - z.masked_fill(outside, 0)
+    grad_alpha = (slope * r).sum(dim=1, keepdim=True)
+    return r.masked_fill(outside, 0).to(v.dtype), grad_alpha.to(alpha.dtype)
 
 
 class _Identity(Function):

@@ -26,7 +26,9 @@ from torch import Tensor
 from adq_search.policy import OptionValue
 from adq_search.quantizers._base import WEIGHT_QUANTIZERS, WeightQuantizer, check_bits
 from adq_search.quantizers._calibration import computing_dtype, quantile
-from adq_search.quantizers._nearest import look_up, nearest_index
+from adq_search.quantizers._compile import Kernel
+from adq_search.quantizers._nearest import nearest_index, nearest_level, nearest_tables
+from adq_search.quantizers._rows import from_rows, row_order, to_rows
 from adq_search.quantizers._through import straight_through
 
 
@@ -89,24 +91,31 @@ class AdqWeight(WeightQuantizer):
 
     def _quantize(self, values: Tensor) -> Tensor:
         with torch.no_grad():
-            weights = values.to(computing_dtype(values, self.codebook))
-            levels = self.codebook.to(weights.dtype)
-            index = nearest_index(weights, levels)
-            quantized = look_up(levels, index)
+            order = row_order(values)
+            weights = to_rows(values, order).to(computing_dtype(values, self.codebook))
+            levels, midpoints = nearest_tables(self.codebook.to(weights.dtype))
+            quantized, index = _snap(weights, levels, midpoints)
             if self.training:
-                self._move_codebook_(weights - quantized, index)
-        return straight_through(values, quantized.to(values.dtype))
+                self._move_codebook_(weights - quantized, index, len(levels))
+        return straight_through(values, from_rows(quantized, values, order).to(values.dtype))
 
-    def _move_codebook_(self, errors: Tensor, index: Tensor) -> None:
+    def _move_codebook_(self, errors: Tensor, index: Tensor, n_entries: int) -> None:
         """Take the EMA step, written as c_j + (1 - m) mean(w - c_j): small numbers are averaged.
 
-        Levels cannot change order: a mean lies within its level's interval.
+        Levels cannot change order: a mean lies within its level's interval. Nothing waits for the
+        values, so a GPU is not held up.
+
+        Args:
+            errors: Weights less their levels, # shape: (rows, n)
+            index: Their levels; those of NaN are beyond the codebook, # shape: (rows, n)
+            n_entries: Indices there are.
         """
-        flat, errors = index.flatten().long(), errors.flatten()
-        # One place more than levels: NaN weights stay out of the codebook.
-        sums = errors.new_zeros(self.codebook.numel() + 1)
-        counts = torch.zeros_like(sums).scatter_add_(0, flat, torch.ones_like(errors))[:-1]
-        means = sums.scatter_add_(0, flat, errors)[:-1] / counts.clamp(min=1)
+        n_levels = self.codebook.numel()
+        sums = errors.new_zeros(2, len(errors), n_entries)
+        ones = torch.ones_like(errors)
+        total = sums[0].scatter_add_(1, index, errors).sum(dim=0)[:n_levels]
+        count = sums[1].scatter_add_(1, index, ones).sum(dim=0)[:n_levels]
+        means = total / count.clamp(min=1)
         means[self._n_side] = 0
         self.codebook.add_((means * (1 - self.momentum)).to(self.codebook.dtype))
 
@@ -123,3 +132,6 @@ class AdqWeight(WeightQuantizer):
 
     def _positive_parameters(self) -> list[Tensor]:
         return [self.codebook.new_zeros(0)]
+
+
+_snap = Kernel(nearest_level)

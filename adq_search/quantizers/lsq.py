@@ -115,11 +115,9 @@ class LsqInput(InputQuantizer):
         self.step.copy_(initial_step(values.reshape(1, -1), self.qmax)[0])
 
     def _quantize(self, values: Tensor) -> Tensor:
-        sample_shape = self._sample_shape(values)
-        scale = lsq_gradient_scale(self.qmax, n_features(values, sample_shape))
-        step = positive_step(self.step, scale)
-        # One step a sample, all equal: gradients are summed within samples, then over them.
-        return uniform_through(values, step.expand(sample_shape), self.qmin, self.qmax)
+        n_values = n_features(values, self._sample_shape(values))
+        step = positive_step(self.step, lsq_gradient_scale(self.qmax, n_values))
+        return uniform_through(values, step, self.qmin, self.qmax)
 
     def _codes(self, values: Tensor) -> Tensor:
         return uniform_integers(values, self._positive(), self.qmin, self.qmax).long()

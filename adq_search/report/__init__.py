@@ -5,10 +5,11 @@ from adq_search.report.front import (
     FULL_PRECISION,
     FrontPoint,
     FrontReport,
+    IntegerCheck,
     full_precision_point,
     make_front_report,
 )
-from adq_search.report.headline import headline
+from adq_search.report.headline import headline, within_budgets
 from adq_search.report.indicators import Hypervolume, hypervolume_history
 from adq_search.report.page import render_page
 from adq_search.report.records import (
@@ -25,6 +26,7 @@ __all__ = [
     "FrontPoint",
     "FrontReport",
     "Hypervolume",
+    "IntegerCheck",
     "TrialRecord",
     "front_svg",
     "front_table",
@@ -40,5 +42,6 @@ __all__ = [
     "select_front",
     "trials_frame",
     "uniform_records",
+    "within_budgets",
     "write_results",
 ]

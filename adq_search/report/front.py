@@ -28,6 +28,22 @@ FULL_PRECISION = "full precision"
 N_CLOSEST = 5
 
 
+@dataclass(frozen=True, slots=True)
+class IntegerCheck:
+    """Whether a trained policy, lowered to integers, is the network that was measured.
+
+    Attributes:
+        is_verified: Whether every code (but ties) and every class agreed; None where it could not
+            be tried.
+        samples: Samples compared.
+        reason: Why it is not verified, one sentence; None where it is.
+    """
+
+    is_verified: bool | None
+    samples: int = 0
+    reason: str | None = None
+
+
 @dataclass(frozen=True)
 class FrontPoint:
     """A policy with what it reached and what it costs.
@@ -44,6 +60,11 @@ class FrontPoint:
         policy_file: Path in the results folder.
         weights_file: Path in the results folder; None where the weights were not kept.
         state: `complete` on the front; a baseline may have diverged.
+        integer_verified: Whether the integer network computes the same codes (but ties) and
+            classes; None where it was not or could not be tried.
+        integer_samples: Samples on which that was compared.
+        integer_reason: Why `integer_verified` is false or None; None where there is nothing to
+            say: it is true, or there are no integers (full precision).
     """
 
     trial: int | None
@@ -57,6 +78,9 @@ class FrontPoint:
     policy_file: str | None
     weights_file: str | None
     state: TrialState = "complete"
+    integer_verified: bool | None = None
+    integer_samples: int = 0
+    integer_reason: str | None = None
 
     @property
     def is_uniform(self) -> bool:
@@ -178,12 +202,17 @@ class _PointFile(StrictFile):
     policy_file: str | None
     weights_file: str | None
     state: TrialState
+    # Not in files of versions that did not lower the front.
+    integer_verified: bool | None = None
+    integer_samples: int = 0
+    integer_reason: str | None = None
 
 
 class _HypervolumeFile(StrictFile):
     value: float
     share: float
     reference: dict[str, float]
+    seeds_share: float | None = None
 
 
 class _FrontFile(StrictFile):
@@ -239,6 +268,7 @@ def make_front_report(
     full_precision: FrontPoint,
     test_accuracies: Mapping[str, float],
     kept_weights: Collection[str],
+    integer_checks: Mapping[str, IntegerCheck] | None = None,
     n_rejected: int = 0,
     n_repeated: int = 0,
     prior: Mapping[str, Any] | None = None,
@@ -254,6 +284,7 @@ def make_front_report(
         full_precision: The unquantized network; see `full_precision_point`.
         test_accuracies: Test accuracy by policy hash; every policy of the front must have one.
         kept_weights: Hashes of the policies whose weights lie in the results folder.
+        integer_checks: How the lowered networks agree, by policy hash.
         n_rejected: Draws over budget, refused before training.
         n_repeated: Draws of a policy that was measured already.
         prior: What the prior said of itself.
@@ -265,7 +296,9 @@ def make_front_report(
     """
 
     def point(record: TrialRecord) -> FrontPoint:
-        return _point(record, test_accuracies.get(record.policy_hash), kept_weights)
+        name = record.policy_hash
+        check = (integer_checks or {}).get(name, IntegerCheck(None))
+        return _point(record, test_accuracies.get(name), check, kept_weights)
 
     front = select_front(records, objectives, budgets)
     untested = [r.number for r in front if r.policy_hash not in test_accuracies]
@@ -290,7 +323,7 @@ def make_front_report(
         counts={**states, "rejected": n_rejected, "repeated": n_repeated},
         prior=None if prior is None else dict(prior),
         seconds=dict(seconds or {}),
-        hypervolume=hypervolume_of(records, front, objectives),
+        hypervolume=hypervolume_of(records, objectives, budgets),
         knee=None if knee is None else front[knee].policy_hash,
     )
 
@@ -319,7 +352,10 @@ def full_precision_point(
 
 
 def _point(
-    record: TrialRecord, test_accuracy: float | None, kept_weights: Collection[str]
+    record: TrialRecord,
+    test_accuracy: float | None,
+    check: IntegerCheck,
+    kept_weights: Collection[str],
 ) -> FrontPoint:
     name = record.policy_hash
     return FrontPoint(
@@ -334,4 +370,7 @@ def _point(
         policy_file=f"policies/{name}.json",
         weights_file=f"weights/{name}.safetensors" if name in kept_weights else None,
         state=record.state,
+        integer_verified=check.is_verified,
+        integer_samples=check.samples,
+        integer_reason=check.reason,
     )

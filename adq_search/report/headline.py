@@ -24,7 +24,35 @@ def headline(report: FrontReport) -> list[str]:
         *(_against(report, b) for b in report.uniform if b not in on_front),
         *_unbeaten(report, on_front),
         *_knee(report),
+        *_in_integers(report),
+        *_seeds_only(report),
+        *_prior(report),
     ]
+
+
+def best_point(report: FrontReport) -> FrontPoint:
+    """Return the point of the front that is best in the first measured objective."""
+    best = report.points[0]
+    for point in report.points:
+        if not is_as_good(report, best, point):
+            best = point
+    return best
+
+
+def within_budgets(report: FrontReport) -> str:
+    """Return the best policy that meets the budgets, with its file, in one sentence."""
+    limits = " and ".join(
+        f"{title_of(name)} of at most {amount(name, limit)}"
+        for name, limit in report.budgets.items()
+    )
+    if not report.points:
+        return f"No policy with {limits} was trained to the end."
+    best, (_, quality) = best_point(report), report.axes
+    spent = ", ".join(f"{title_of(n)} {amount(n, best.value(n))}" for n in report.budgets)
+    return (
+        f"The best policy with {limits} is {_named(best)}: {title_of(quality)} "
+        f"{amount(quality, best.value(quality))}, {spent} ({best.policy_file})."
+    )
 
 
 def saving_of(report: FrontReport, point: FrontPoint) -> float:
@@ -42,10 +70,7 @@ def is_as_good(report: FrontReport, point: FrontPoint, other: FrontPoint) -> boo
 
 def _best(report: FrontReport) -> str:
     axis, quality = report.axes
-    best = report.points[0]
-    for point in report.points:
-        if not is_as_good(report, best, point):
-            best = point
+    best = best_point(report)
     against = report.full_precision
     test = (
         ""
@@ -122,4 +147,45 @@ def _knee(report: FrontReport) -> list[str]:
         f"{saving_of(report, p):.1f}x less than full precision."
         for p in report.points
         if p.policy_hash == report.knee
+    ]
+
+
+def _in_integers(report: FrontReport) -> list[str]:
+    """Say how much of the front runs in integers as measured; nothing where none was tried."""
+    tried = [p for p in report.points if p.integer_verified is not None]
+    if not tried:
+        return []
+    n_verified = sum(p.integer_verified is True for p in tried)
+    samples = min((p.integer_samples for p in tried if p.integer_verified), default=0)
+    said = f"{n_verified} of {len(report.points)} policies on the front run in integers"
+    if n_verified == 0:
+        return [f"{said} as they were measured."]
+    return [f"{said} with the same codes (but ties) and classes, on {samples} validation samples."]
+
+
+def _seeds_only(report: FrontReport) -> list[str]:
+    """Say what the search added to what was known before it."""
+    volume = report.hypervolume
+    if volume is None or volume.seeds_share is None:
+        return []
+    return [
+        f"Seeds and baselines alone reach a hypervolume of {volume.seeds_share:.4f}; with the "
+        f"sampler's trials it is {volume.share:.4f}."
+    ]
+
+
+def _prior(report: FrontReport) -> list[str]:
+    """Say how well the prior ranked what was measured."""
+    prior = report.prior or {}
+    overall = prior.get("rank_correlation")
+    if overall is None:
+        return []
+    said = f"The prior ({prior['estimator']}) ranks the {prior['n_measured']} measured policies"
+    known = {g: r for g, r in (prior.get("by_group") or {}).items() if r is not None}
+    if not known:
+        return [f"{said} with a correlation of {overall:.2f}."]
+    worst = min(known, key=lambda group: known[group])
+    return [
+        f"{said} with a correlation of {overall:.2f}; by group, the others held, from "
+        f"{known[worst]:.2f} ({worst}) to {max(known.values()):.2f}."
     ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adq_search.pareto import Direction, Objective, Point, front_indices, hypervolume
-from adq_search.report.records import TrialRecord, is_within, uniform_records
+from adq_search.report.records import TrialRecord, is_within, select_front, uniform_records
 
 _MARGIN = 1.1
 
@@ -24,28 +24,40 @@ class Hypervolume:
         value: Volume between the front and the reference point, in the objectives' units.
         share: The same over the whole box from the reference point to accuracy 1, cost 0; 0 to 1.
         reference: The reference point, by objective.
+        seeds_share: The share that seeds and baselines reach without the sampler; None where
+            there were none.
     """
 
     value: float
     share: float
     reference: dict[str, float]
+    seeds_share: float | None = None
 
 
 def hypervolume_of(
     records: Sequence[TrialRecord],
-    front: Sequence[TrialRecord],
     objectives: Sequence[Objective],
+    budgets: Mapping[str, float],
 ) -> Hypervolume | None:
-    """Return the hypervolume of a front of `records`; None where there is no reference point."""
+    """Return the hypervolume of the front of `records`; None where there is no reference point."""
     reference = reference_point(records, objectives)
     if reference is None:
         return None
-    value = hypervolume(
-        [[r.value(o.name) for o in objectives] for r in front],
-        [o.direction for o in objectives],
-        [reference[o.name] for o in objectives],
-    )
-    return Hypervolume(value, value / _box(objectives, reference), reference)
+
+    def dominated_by(some: Sequence[TrialRecord]) -> float:
+        return hypervolume(
+            [
+                [r.value(o.name) for o in objectives]
+                for r in select_front(some, objectives, budgets)
+            ],
+            [o.direction for o in objectives],
+            [reference[o.name] for o in objectives],
+        )
+
+    value, box = dominated_by(records), _box(objectives, reference)
+    seeds = [r for r in records if r.is_seed]
+    seeds_share = dominated_by(seeds) / box if seeds else None
+    return Hypervolume(value, value / box, reference, seeds_share)
 
 
 def reference_point(

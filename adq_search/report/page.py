@@ -17,6 +17,7 @@ from adq_search.report.front import FrontPoint, FrontReport
 from adq_search.report.headline import headline, saving_of
 from adq_search.report.layer_figures import Costs, bits_figure, shares_figure
 from adq_search.report.records import TrialRecord
+from adq_search.report.tables import INTEGER_MARKS
 from adq_search.report.units import amount, short_title_of, title_of
 
 _ALSO_SHOWN = ("weight_bytes", "bops", "average_bits_weighted")
@@ -69,6 +70,7 @@ def render_page(
         hypervolume_reference=_reference(report),
         train_command=_train_command(report, run),
         facts=list(_facts(run)),
+        integer_marks=INTEGER_MARKS,
         amount=amount,
         title_of=title_of,
         short_title_of=short_title_of,
@@ -105,8 +107,15 @@ def _rows(report: FrontReport) -> Iterator[dict[str, Any]]:
                 "point": point,
                 "is_knee": group == "front" and point.policy_hash == report.knee,
                 "saving": saving_of(report, point),
+                "integers": _integers(point),
                 "cells": [(name, _figure(point, name)) for name in columns],
             }
+
+
+def _integers(point: FrontPoint) -> str:
+    if point.integer_verified:
+        return f"verified on {point.integer_samples} validation samples"
+    return point.integer_reason or ""
 
 
 def _figure(point: FrontPoint, name: str) -> float | None:

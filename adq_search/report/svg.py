@@ -45,8 +45,10 @@ def front_svg(report: FrontReport) -> str:
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         *_y_ticks([low_y + i * step for i in range(n_ticks + 1)], low_y, high_y, step),
         *_x_ticks(low_x, high_x),
-        _text(_LEFT, 26, f"{title_of(quality)}{' (%)' if percent > 1 else ''}", weight="bold"),
-        _text(_WIDTH - _RIGHT, _HEIGHT - 14, axis_title(axis, unit), anchor="end", weight="bold"),
+        svg_text(_LEFT, 26, f"{title_of(quality)}{' (%)' if percent > 1 else ''}", weight="bold"),
+        svg_text(
+            _WIDTH - _RIGHT, _HEIGHT - 14, axis_title(axis, unit), anchor="end", weight="bold"
+        ),
         _steps([(x_of(p), y_of(p)) for p in report.points]) if len(report.objectives) == 2 else "",
         *(_dot(x_of(p), y_of(p), p) for p in front),
     ]
@@ -56,10 +58,10 @@ def front_svg(report: FrontReport) -> str:
             f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" fill="none" '
             f'stroke="{_ORANGE}" stroke-width="2"/>'
         )
-        parts.append(_text(x + 9, y + 17, p.label, fill=_ORANGE))
+        parts.append(svg_text(x + 9, y + 17, p.label, fill=_ORANGE))
     x, y = x_of(report.full_precision), y_of(report.full_precision)
     parts.append(f'<path d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z" fill="{_BLACK}"/>')
-    parts.append(_text(x - 11, y + 22, "full precision", anchor="end" if x > 200 else "start"))
+    parts.append(svg_text(x - 11, y + 22, "full precision", anchor="end" if x > 200 else "start"))
     return "\n".join([*(part for part in parts if part), "</svg>"]) + "\n"
 
 
@@ -87,7 +89,7 @@ def _y_ticks(values: Sequence[float], low: float, high: float, step: float) -> l
         out.append(
             f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" stroke="#e6e6e6" stroke-width="1"/>'
         )
-        out.append(_text(_LEFT - 8, y + 4, f"{value:.{digits}f}", anchor="end", fill=_GREY))
+        out.append(svg_text(_LEFT - 8, y + 4, f"{value:.{digits}f}", anchor="end", fill=_GREY))
     return out
 
 
@@ -101,7 +103,7 @@ def _x_ticks(low: float, high: float) -> list[str]:
         if low <= value <= high:
             x = _x(value, low, high)
             out.append(f'<path d="M{x:.1f} {base}v5" stroke="{_GREY}" stroke-width="1"/>')
-            out.append(_text(x, base + 20, f"{value:g}", anchor="middle", fill=_GREY))
+            out.append(svg_text(x, base + 20, f"{value:g}", anchor="middle", fill=_GREY))
     return out
 
 
@@ -124,9 +126,10 @@ def _dot(x: float, y: float, point: FrontPoint) -> str:
     )
 
 
-def _text(
+def svg_text(
     x: float, y: float, text: str, *, anchor: str = "start", fill: str = _BLACK, weight: str = ""
 ) -> str:
+    """Return a text element."""
     bold = f' font-weight="{weight}"' if weight else ""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}"{bold}>'

@@ -15,6 +15,9 @@ from adq_search.report.front import FrontPoint, FrontReport
 from adq_search.report.records import TrialRecord
 from adq_search.report.units import amount, short_title_of, title_of
 
+#: How tables say that a policy was verified in integers, was found different, was not tried.
+INTEGER_MARKS = {True: "✓", False: "✗", None: "–"}
+INTEGER_CAPTION = "integer network: ✓ same codes (but ties) and classes, ✗ other ones, – not tried"
 _TRIAL_COLUMNS = (
     "number",
     "policy_hash",
@@ -72,8 +75,17 @@ def front_table(report: FrontReport) -> Table:
     figures = list(dict.fromkeys([axis, "weight_bytes", "average_bits_weighted"]))
     shown = [name for name in figures if name in report.full_precision.cost]
     measured = list(dict.fromkeys(["accuracy", "test_accuracy", quality]))
-    table = Table(title=front_title(report), title_justify="left", box=HORIZONTALS, padding=0)
+    table = Table(
+        title=front_title(report),
+        title_justify="left",
+        box=HORIZONTALS,
+        padding=0,
+        show_edge=False,
+        caption=INTEGER_CAPTION,
+        caption_justify="left",
+    )
     table.add_column("policy", no_wrap=True, min_width=16)
+    table.add_column("", no_wrap=True)
     for name in [*measured, *shown]:
         table.add_column(short_title_of(name), justify="right", no_wrap=True)
     table.add_column("saving", justify="right", no_wrap=True)
@@ -82,6 +94,7 @@ def front_table(report: FrontReport) -> Table:
     def add(point: FrontPoint) -> None:
         table.add_row(
             point.policy_hash or "–",
+            INTEGER_MARKS[point.integer_verified],
             *(amount(name, getattr(point, name)) for name in measured),
             *(amount(name, point.cost[name]) for name in shown),
             f"{report.full_precision.cost[axis] / point.cost[axis]:.1f}x",

@@ -1,4 +1,4 @@
-"""What an estimator answers: how curved the loss is in each layer's weights and inputs.
+"""What an estimator answers, in samples that can be counted, stored and stopped between.
 
 Notation:
     L_n: cross-entropy of example n, in nats, natural logarithm.
@@ -9,177 +9,180 @@ Notation:
 
 To second order, and at a minimum, quantizing one layer raises the mean loss by
     1/2 sum_j C^w_j (e^w_j)^2  +  1/2 mean_n sum_j C^x_nj (e^x_nj)^2.
-Everything that differs between HAWQ-V2, FIT and the Fisher perturbation is how C is estimated.
+Everything that differs between HAWQ-V2, FIT and the Fisher perturbation is how C is estimated;
+other estimators measure the rise at the layer's output, at the network's, or by training.
+
+An estimate is a mean over samples: parts of the examples, probes, or repeated trainings. So each
+has a standard error, may end early, and goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from adq_search.errors import SensitivityError
-from adq_search.tracing import parametric_layers
+from adq_search.policy import LayerPrecision
+from adq_search.quantizers import resolve_scheme
+from adq_search.sensitivity._fitted import FittedLayer, Kind, fit_choices
+from adq_search.sensitivity._watching import layer_inputs
+from adq_search.space import SearchSpace
 
-OnProgress = Callable[[int, int], None]
+#: What of a layer is quantized.
+Part = Literal["weights", "inputs", "both"]
 
-#: Elements of layer inputs that are kept in memory, over all layers (0.25 GB in float32).
-MAX_INPUT_ELEMENTS = 2**26
+
+class ScoreKey(NamedTuple):
+    """What a score belongs to.
+
+    Attributes:
+        layer: Its name.
+        part: What of the layer is quantized.
+        quantizer: Name of the weight or input quantizer; of the scheme where both are.
+        weight_bits: 0 where only inputs are quantized.
+        input_bits: 0 where only weights are.
+    """
+
+    layer: str
+    part: Part
+    quantizer: str
+    weight_bits: int
+    input_bits: int
+
+
+class Estimate(NamedTuple):
+    """A predicted loss increase, in nats, and its standard error."""
+
+    value: float
+    error: float
+
+
+#: One sample of every score.
+Scores = dict[ScoreKey, float]
 
 
 @dataclass(frozen=True, eq=False)
-class LayerCurvature:
-    """Curvature of the loss around one layer.
+class Subject:
+    """What is examined: a float network on some examples, and what its layers may become.
 
     Attributes:
-        weight: C^w, a shape that broadcasts to the weight's.
-        input: C^x, a shape that broadcasts to that of `values`.
-        values: What the layer saw, shape (rows, *sample); a layer that is called twice for an
-            example has two rows for it.
-        weight_error: Standard error of `weight` where it was sampled, else 0.
-        input_error: Standard error of `input` likewise.
+        model: The network; left as it was.
+        inputs: Shape (n, *sample).
+        targets: Class indices, shape (n,).
+        space: Which precisions to score.
+        seed: Of everything drawn.
     """
 
-    weight: Tensor
-    input: Tensor
-    values: Tensor
-    weight_error: float = 0.0
-    input_error: float = 0.0
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    space: SearchSpace
+    seed: int
+
+    @cached_property
+    def fitted(self) -> dict[str, FittedLayer]:
+        """The layers of the space with their quantizers, fitted to weights and layer inputs."""
+        values, _ = layer_inputs(self.model, self.inputs)
+        return fit_choices(self.model, self.space, values, seed=self.seed)
+
+    def prepare(self) -> None:
+        """Fit the quantizers now, so that the first piece of work takes no longer than others."""
+        _ = self.fitted
+
+    def choices_of(self, layer: str) -> dict[LayerPrecision, tuple[Kind, Kind]]:
+        """Return the precisions of a layer with their quantizers; momenta are not told apart."""
+        group = next(g for g in self.space.groups if layer in g.layers)
+        found = {}
+        for choice in dict.fromkeys(group.with_median_momentum(p) for p in group.choices):
+            if choice.weight_bits is not None and choice.input_bits is not None:
+                pair = resolve_scheme(choice.scheme)
+                kinds = (pair.weight, choice.weight_bits), (pair.input, choice.input_bits)
+                found[choice] = kinds
+        return found
+
+    def folds(self, most: int) -> int:
+        """Return into how many parts the examples are divided: `most`, where there are as many."""
+        return min(most, len(self.inputs))
+
+    def fold(self, index: int, n_folds: int) -> slice:
+        """Return one of `n_folds` parts of the examples, equal up to one example."""
+        n = len(self.inputs)
+        return slice(index * n // n_folds, (index + 1) * n // n_folds)
+
+    def share(self, index: int, n_folds: int) -> float:
+        """Return what a fold's mean counts, so that the mean over folds is that over examples."""
+        rows = self.fold(index, n_folds)
+        n_rows: int = rows.stop - rows.start
+        return n_rows * n_folds / len(self.inputs)
 
 
-@dataclass(frozen=True, eq=False)
-class Curvature:
-    """What an estimator found out about a network.
+class SensitivityEstimator(ABC):
+    """One way of predicting what quantization costs. Networks are examined in evaluation mode."""
 
-    Attributes:
-        estimator: Name of the estimator.
-        layers: By layer name.
-        n_kept: Examples whose layer inputs are kept: the n of the mean over inputs.
-    """
-
-    estimator: str
-    layers: dict[str, LayerCurvature]
-    n_kept: int
-
-
-class SensitivityEstimator(Protocol):
-    """Estimates curvatures. The network is in evaluation mode and is left as it was."""
+    __slots__ = ()
 
     name: ClassVar[str]
 
-    def curvature(
-        self,
-        model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        seed: int,
-        on_progress: OnProgress | None = None,
-    ) -> Curvature:
-        """Return the curvature of every parametric layer that the network calls.
+    @property
+    def min_samples(self) -> int:
+        """Samples that no budget cuts off: fewer than two say nothing of their spread."""
+        return 2
 
-        Args:
-            model: A float network that maps `inputs` to logits of shape (n, classes).
-            inputs: Shape (n, *sample).
-            targets: Class indices, shape (n,).
-            seed: Of everything drawn.
-            on_progress: Called with steps done and steps in all.
+    @abstractmethod
+    def n_samples(self, subject: Subject) -> int:
+        """Return how many samples make the estimate, at most."""
+
+    def parts(self, subject: Subject) -> tuple[str, ...]:
+        """Return the names of the pieces of work that make one sample."""
+        return ("network",)
+
+    @abstractmethod
+    def sample(self, subject: Subject, index: int, part: str) -> Scores:
+        """Return one part of sample `index`, the same whenever it is asked for.
 
         Raises:
-            SensitivityError: The network's output is no logits, or a curvature is no finite
-                number.
+            SensitivityError: The network's output is no logits, or not finite.
         """
-        ...
+
+    def is_settled(self, samples: Sequence[Scores]) -> bool:
+        """Whether more samples would change little."""
+        return False
+
+    def combine(self, subject: Subject, samples: Sequence[Scores]) -> dict[ScoreKey, Estimate]:
+        """Return the mean of the samples and its standard error.
+
+        Raises:
+            SensitivityError: A mean is beyond repair; the text names the layer.
+        """
+        return {key: mean_and_error([s[key] for s in samples]) for key in samples[0]}
 
 
-@dataclass
-class Calls:
-    """Inputs and outputs of one layer, call by call, as nodes of the autograd graph."""
-
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-
-
-@contextmanager
-def watched(model: nn.Module) -> Iterator[dict[str, Calls]]:
-    """Record what every parametric layer sees and says, in evaluation mode.
-
-    The recorded input is the layer's own: a derivative in it leaves out the other branches that
-    read the same tensor, such as a residual shortcut. Mode, hooks and `requires_grad` are put
-    back.
-    """
-    layers = parametric_layers(model)
-    calls: dict[str, Calls] = {}
-    modes = {module: module.training for module in model.modules()}
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    handles = []
-    for name, layer in layers.items():
-
-        def before(_: nn.Module, args: tuple[Any, ...], name: str = name) -> tuple[Any, ...]:
-            value: Tensor = args[0]
-            own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-            calls.setdefault(name, Calls()).inputs.append(own)
-            return (own, *args[1:])
-
-        def after(_: nn.Module, __: Any, output: Tensor, name: str = name) -> Tensor:
-            calls[name].outputs.append(output)
-            return output.clone()  # an activation may overwrite it in place
-
-        handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-    model.eval()
-    for parameter in frozen:
-        parameter.requires_grad_()
-    try:
-        with torch.enable_grad():
-            yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in frozen:
-            parameter.requires_grad = False
+def mean_and_error(samples: Sequence[float]) -> Estimate:
+    """Return the mean and its standard error; of one sample, the error is unknown: NaN."""
+    n = len(samples)
+    mean = math.fsum(samples) / n
+    if n == 1:
+        return Estimate(mean, math.nan)
+    spread = math.fsum((s - mean) ** 2 for s in samples) / (n * (n - 1))
+    return Estimate(mean, math.sqrt(spread))
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """Return the weight of a parametric layer."""
-    return cast("Tensor", layer.weight)
+def weight_key(layer: str, quantizer: str, bits: int) -> ScoreKey:
+    """Return the key of a layer with nothing but its weights quantized."""
+    return ScoreKey(layer, "weights", quantizer, bits, 0)
 
 
-def checked_logits(output: Any, n: int, calls: Mapping[str, Calls]) -> Tensor:
-    """Return the network's output where it is finite logits of shape (n, classes).
-
-    Raises:
-        SensitivityError: It is not; where NaN came up, the first layer that shows it is named.
-    """
-    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != n:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        msg = (
-            f"Sensitivities need logits of shape ({n}, classes), but the network returns {shape}. "
-            "Give a classifier, or search without a prior (`prior: null`)."
-        )
-        raise SensitivityError(msg)
-    if not torch.isfinite(output).all():
-        for name, seen in calls.items():
-            for what, tensors in (("inputs", seen.inputs), ("outputs", seen.outputs)):
-                if not all(torch.isfinite(t).all() for t in tensors):
-                    msg = f"The {what} of {name} are not all finite. Look for NaN in the data."
-                    raise SensitivityError(msg)
-        msg = "The network's logits are not all finite. Train it again, with a lower learning rate."
-        raise SensitivityError(msg)
-    return output
+def input_key(layer: str, quantizer: str, bits: int) -> ScoreKey:
+    """Return the key of a layer with nothing but its input quantized."""
+    return ScoreKey(layer, "inputs", quantizer, 0, bits)
 
 
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy summed over examples, so that each row's gradient is its own."""
-    return F.cross_entropy(logits, targets, reduction="sum")
-
-
-def n_to_keep(elements_per_example: int, n: int) -> int:
-    """Return for how many of n examples the layer inputs fit in memory, at least one."""
-    return max(1, min(n, MAX_INPUT_ELEMENTS // max(elements_per_example, 1)))
+def both_key(layer: str, precision: LayerPrecision) -> ScoreKey:
+    """Return the key of a layer with weights and input quantized."""
+    bits = precision.weight_bits or 0, precision.input_bits or 0
+    return ScoreKey(layer, "both", precision.scheme, *bits)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import inspect
+from typing import Any, TypeVar
 
 from adq_search.errors import SensitivityError, did_you_mean
 from adq_search.sensitivity._base import SensitivityEstimator
@@ -29,16 +30,21 @@ def register_estimator(estimator: E) -> E:
     return estimator
 
 
-def make_estimator(name: str) -> SensitivityEstimator:
-    """Make an estimator with its default settings.
+def make_estimator(name: str, **settings: Any) -> SensitivityEstimator:
+    """Make an estimator; settings that are not given stay at their defaults.
 
     Raises:
-        SensitivityError: There is no estimator of that name.
+        SensitivityError: There is no estimator of that name, or it has no such setting.
     """
     if name not in _ESTIMATORS:
         msg = f"There is no sensitivity estimator '{name}'. {did_you_mean(name, _ESTIMATORS)}"
         raise SensitivityError(msg)
-    return _ESTIMATORS[name]()
+    known = inspect.signature(_ESTIMATORS[name]).parameters
+    for setting in settings:
+        if setting not in known:
+            msg = f"Estimator '{name}' has no setting '{setting}'. {did_you_mean(setting, known)}"
+            raise SensitivityError(msg)
+    return _ESTIMATORS[name](**settings)
 
 
 def estimator_names() -> tuple[str, ...]:

@@ -16,23 +16,23 @@ from a few unlikely draws; where classes are few, the sum over c is done instead
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from adq_search.sensitivity._base import (
+from adq_search.sensitivity._base import Scores, SensitivityEstimator, Subject
+from adq_search.sensitivity._curvature import Curvature, LayerCurvature, curvature_scores
+from adq_search.sensitivity._labels import MODEL_LABELS, Labels
+from adq_search.sensitivity._registry import register_estimator
+from adq_search.sensitivity._watching import (
     Calls,
-    Curvature,
-    LayerCurvature,
-    OnProgress,
     checked_logits,
     n_to_keep,
     watched,
     weight_of,
 )
-from adq_search.sensitivity._registry import register_estimator
 from adq_search.tracing import parametric_layers
 
 #: Elements of the largest layer's per-example gradients held at once.
@@ -41,31 +41,35 @@ _CHUNK_ELEMENTS = 2**25
 
 @register_estimator
 @dataclass(frozen=True, slots=True)
-class FisherEstimator:
+class FisherEstimator(SensitivityEstimator):
     """Mean squared per-example gradients of weights and layer inputs.
 
     Args:
-        labels: `model` takes labels by the network's softmax; `data` takes the targets.
-        exact_classes: Up to this many classes, the sum over all of them replaces draws.
-        draws: Labels drawn for each example beyond that.
+        labels: Where labels come from.
         chunk: Examples at once; None chooses by the largest layer.
+        n_folds: Parts of the examples whose spread gives the standard error.
     """
 
-    labels: Literal["model", "data"] = "model"
-    exact_classes: int = 16
-    draws: int = 4
+    labels: Labels = MODEL_LABELS
     chunk: int | None = None
+    n_folds: int = 4
 
     name: ClassVar[str] = "fisher"
 
+    def n_samples(self, subject: Subject) -> int:
+        return subject.folds(self.n_folds)
+
+    def sample(self, subject: Subject, index: int, part: str) -> Scores:
+        n_folds = self.n_samples(subject)
+        rows = subject.fold(index, n_folds)
+        seed = subject.seed + index
+        around = self.curvature(
+            subject.model, subject.inputs[rows], subject.targets[rows], seed=seed
+        )
+        return curvature_scores(around, subject.fitted, share=subject.share(index, n_folds))
+
     def curvature(
-        self,
-        model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        seed: int,
-        on_progress: OnProgress | None = None,
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, *, seed: int
     ) -> Curvature:
         """Return F for weights and the squared per-example gradient for inputs."""
         layers = parametric_layers(model)
@@ -81,7 +85,7 @@ class FisherEstimator:
             labels = targets[rows]
             with watched(model) as calls:
                 logits = checked_logits(model(inputs[rows]), len(labels), calls)
-                pulls = self._pulls(logits.detach(), labels, generator)
+                pulls = self.labels.pulls(logits.detach(), labels, generator)
                 found = [_gradients(logits, pull, calls) for pull in pulls]
             if start == 0:
                 elements = sum(x.numel() for c in calls.values() for x in c.inputs)
@@ -89,18 +93,14 @@ class FisherEstimator:
             room = max(0, keep - kept)
             for name, call in calls.items():
                 seen = [x.detach() for x in call.inputs]
-                for by_label in found:
-                    squares[name] += _squared_weight_gradients(
-                        layers[name], seen, by_label[name][1]
-                    )
+                by_output = [torch.stack(g) for g in zip(*(f[name][1] for f in found), strict=True)]
+                squares[name] += _squared_weight_gradients(layers[name], seen, by_output)
                 values.setdefault(name, []).extend(x[:room] for x in seen)
                 of_calls = zip(*(by_label[name][0] for by_label in found), strict=True)
                 gradients.setdefault(name, []).extend(
                     torch.stack([g[:room].square() for g in gs]).sum(dim=0) for gs in of_calls
                 )
             kept = min(keep, kept + len(labels))
-            if on_progress is not None:
-                on_progress(min(start + chunk, n), n)
         found_layers = {
             name: LayerCurvature(
                 weight=squares[name] / n,
@@ -110,19 +110,6 @@ class FisherEstimator:
             for name in values
         }
         return Curvature(self.name, found_layers, kept)
-
-    def _pulls(self, logits: Tensor, targets: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Return sqrt(q_c) (p - e_c) for each label c in turn, # shape: (n, classes) each."""
-        p = logits.softmax(dim=1)
-        n_classes = p.shape[1]
-        if self.labels == "data":
-            return [p - nn.functional.one_hot(targets, n_classes)]
-        if n_classes > self.exact_classes:
-            drawn = torch.multinomial(p, self.draws, replacement=True, generator=generator)
-            share = self.draws**-0.5
-            return [share * (p - nn.functional.one_hot(c, n_classes)) for c in drawn.T]
-        corners = torch.eye(n_classes, dtype=p.dtype, device=p.device)
-        return [p[:, c : c + 1].sqrt() * (p - corners[c]) for c in range(n_classes)]
 
 
 def _gradients(
@@ -141,23 +128,31 @@ def _gradients(
 def _squared_weight_gradients(
     layer: nn.Module, seen: list[Tensor], by_output: list[Tensor]
 ) -> Tensor:
-    """Return sum_n g_n^2; shape of the weight.
+    """Return sum_c sum_n g_cn^2; shape of the weight.
 
     A layer that is called several times has one gradient: the sum over its calls.
+
+    Args:
+        layer: A parametric layer.
+        seen: Its input at each call, # shape: (n, *sample)
+        by_output: Gradients of its output at each call, # shape: (labels, n, *output)
     """
 
-    def weight_gradient(*tensors: Tensor) -> Tensor:
-        half = len(tensors) // 2
-
+    def weight_gradient(seen: list[Tensor], by_output: list[Tensor]) -> Tensor:
         def outputs(weight: Tensor) -> tuple[Tensor, ...]:
             return tuple(
                 functional_call(layer, {"weight": weight}, (x.unsqueeze(0),)).squeeze(0)
-                for x in tensors[:half]
+                for x in seen
             )
 
         _, pull_back, *_ = vjp(outputs, weight_of(layer).detach())
-        gradient: Tensor = pull_back(tensors[half:])[0]
+        gradient: Tensor = pull_back(tuple(by_output))[0]
         return gradient
 
-    per_example: Tensor = vmap(weight_gradient)(*seen, *by_output)  # shape: (n, *weight.shape)
-    return per_example.square().sum(dim=0)
+    each = vmap(vmap(weight_gradient), in_dims=(None, 0))
+    total = torch.zeros_like(weight_of(layer))
+    n_at_once = max(1, _CHUNK_ELEMENTS // (len(seen[0]) * total.numel()))
+    for start in range(0, len(by_output[0]), n_at_once):
+        some = [g[start : start + n_at_once] for g in by_output]
+        total += each(seen, some).square().sum(dim=(0, 1))  # shape: (labels, n, *weight.shape)
+    return total.detach()

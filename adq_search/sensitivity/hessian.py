@@ -24,23 +24,34 @@ from torch import Tensor, nn
 
 from adq_search.errors import SensitivityError
 from adq_search.sensitivity._base import (
+    Estimate,
+    Part,
+    ScoreKey,
+    Scores,
+    SensitivityEstimator,
+    Subject,
+    mean_and_error,
+)
+from adq_search.sensitivity._curvature import Curvature, LayerCurvature, curvature_scores
+from adq_search.sensitivity._registry import register_estimator
+from adq_search.sensitivity._watching import (
     Calls,
-    Curvature,
-    LayerCurvature,
-    OnProgress,
     checked_logits,
-    n_to_keep,
+    layer_inputs,
     summed_loss,
     watched,
     weight_of,
 )
-from adq_search.sensitivity._registry import register_estimator
 from adq_search.tracing import parametric_layers
+
+_PARTS: tuple[Part, ...] = ("weights", "inputs")
+#: Keeps the probes of one seed from those of the next.
+_PRIME = 1_000_003
 
 
 @register_estimator
 @dataclass(frozen=True, slots=True)
-class HessianEstimator:
+class HessianEstimator(SensitivityEstimator):
     """Average Hessian traces of weights and layer inputs.
 
     Probing stops when no layer's running mean moves by more than `tolerance`, as a share of
@@ -60,39 +71,67 @@ class HessianEstimator:
 
     name: ClassVar[str] = "hessian"
 
-    def curvature(
-        self,
-        model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        seed: int,
-        on_progress: OnProgress | None = None,
-    ) -> Curvature:
-        """Return one average second derivative for each layer's weights, one for its inputs."""
-        generator = torch.Generator(device=inputs.device).manual_seed(seed)
-        values, keep = _layer_inputs(model, inputs)
-        probes: list[dict[str, tuple[float, float]]] = []
-        while len(probes) < self.max_probes:
-            probes.append(self._probe(model, inputs, targets, generator))
-            if on_progress is not None:
-                on_progress(len(probes), self.max_probes)
-            if len(probes) >= self.min_probes and _largest_change(probes) < self.tolerance:
-                break
-        if on_progress is not None:
-            on_progress(self.max_probes, self.max_probes)
+    @property
+    def min_samples(self) -> int:
+        return self.min_probes
+
+    def n_samples(self, subject: Subject) -> int:
+        return self.max_probes
+
+    def sample(self, subject: Subject, index: int, part: str) -> Scores:
+        """Return the average trace that one probe finds, for each layer's weights and inputs."""
+        device = subject.inputs.device
+        generator = torch.Generator(device).manual_seed(_PRIME * subject.seed + index)
+        found = self._probe(subject.model, subject.inputs, subject.targets, generator)
+        return {
+            _trace_key(name, of): trace
+            for name, traces in found.items()
+            for of, trace in zip(_PARTS, traces, strict=True)
+        }
+
+    def is_settled(self, samples: Sequence[Scores]) -> bool:
+        return _largest_change(samples) < self.tolerance
+
+    def combine(self, subject: Subject, samples: Sequence[Scores]) -> dict[ScoreKey, Estimate]:
+        """Return half the average trace times the squared quantization error.
+
+        Raises:
+            SensitivityError: A trace is negative beyond noise.
+        """
+        traces = self.traces(samples)
+        values, n_kept = layer_inputs(subject.model, subject.inputs)
         layers = {}
         for name, seen in values.items():
-            weight, weight_error = _mean_and_error(name, "weights", [p[name][0] for p in probes])
-            by_input, input_error = _mean_and_error(name, "inputs", [p[name][1] for p in probes])
-            layers[name] = LayerCurvature(
-                weight=torch.tensor(weight, dtype=torch.float64),
-                input=torch.tensor(by_input, dtype=torch.float64),
-                values=seen,
-                weight_error=weight_error,
-                input_error=input_error,
-            )
-        return Curvature(self.name, layers, keep)
+            by_weight, by_input = (traces[_trace_key(name, part)].value for part in _PARTS)
+            layers[name] = LayerCurvature(torch.tensor(by_weight), torch.tensor(by_input), seen)
+        scores = curvature_scores(Curvature(self.name, layers, n_kept), subject.fitted)
+        found = {}
+        for key, score in scores.items():
+            trace, error = traces[_trace_key(key.layer, key.part)]
+            found[key] = Estimate(score, score * error / trace if trace else 0.0)
+        return found
+
+    def traces(self, samples: Sequence[Scores]) -> dict[ScoreKey, Estimate]:
+        """Return the mean of the probes and its standard error, for each layer and part.
+
+        A mean below zero within three standard errors is noise about a small curvature: the
+        standard error, an upper bound, is taken for it. Further below, the loss is no bowl there.
+
+        Raises:
+            SensitivityError: A mean is negative beyond noise.
+        """
+        found = {}
+        for key in samples[0]:
+            mean, error = mean_and_error([s[key] for s in samples])
+            if mean < -3.0 * error:
+                msg = (
+                    f"The Hessian's average trace must not be negative, but for the {key.part} of "
+                    f"{key.layer} it is {mean:.3g} +- {error:.2g}: the network is not at a "
+                    "minimum. Train it longer, or take the prior 'fisher'."
+                )
+                raise SensitivityError(msg)
+            found[key] = Estimate(error if mean < 0.0 else mean, error)
+        return found
 
     def _probe(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, generator: torch.Generator
@@ -161,52 +200,21 @@ def _quadratic_forms(
     return [float((h * z).sum(dtype=torch.float64)) for h, z in zip(products, probe, strict=True)]
 
 
-def _layer_inputs(model: nn.Module, inputs: Tensor) -> tuple[dict[str, Tensor], int]:
-    """Return what each layer sees, for as many examples as fit, and how many those are."""
-    with watched(model) as calls:
-        model(inputs[:1])
-    keep = n_to_keep(sum(x.numel() for c in calls.values() for x in c.inputs), len(inputs))
-    with watched(model) as calls:
-        model(inputs[:keep])
-    return {name: torch.cat([x.detach() for x in c.inputs]) for name, c in calls.items()}, keep
-
-
 def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
     coin = torch.randint(0, 2, like.shape, generator=generator, device=like.device)
     return coin.to(like.dtype).mul_(2.0).sub_(1.0)
 
 
-def _largest_change(probes: list[dict[str, tuple[float, float]]]) -> float:
+def _largest_change(probes: Sequence[Scores]) -> float:
     """Return the largest relative change that the last probe made to a running mean."""
     changes = []
     n = len(probes)
-    for name in probes[0]:
-        for part in (0, 1):
-            total = math.fsum(p[name][part] for p in probes)
-            mean, before = total / n, (total - probes[-1][name][part]) / (n - 1)
-            changes.append(abs(mean - before) / max(abs(before), 1e-300))
+    for key in probes[0]:
+        total = math.fsum(p[key] for p in probes)
+        mean, before = total / n, (total - probes[-1][key]) / (n - 1)
+        changes.append(abs(mean - before) / max(abs(before), 1e-300))
     return max(changes)
 
 
-def _mean_and_error(layer: str, what: str, samples: list[float]) -> tuple[float, float]:
-    """Return the mean of the probes and its standard error.
-
-    A mean below zero within three standard errors is noise about a small curvature: the standard
-    error, an upper bound, is taken for it. Further below, the loss is no bowl there.
-
-    Raises:
-        SensitivityError: The mean is negative beyond noise.
-    """
-    n = len(samples)
-    mean = math.fsum(samples) / n
-    error = math.sqrt(math.fsum((s - mean) ** 2 for s in samples) / (n * (n - 1)))
-    if mean >= 0.0 or math.isnan(mean):
-        return mean, error
-    if mean > -3.0 * error:
-        return error, error
-    msg = (
-        f"The Hessian's average trace must not be negative, but for the {what} of {layer} it is "
-        f"{mean:.3g} +- {error:.2g}: the network is not at a minimum. Train it longer, or take the "
-        "prior 'fisher'."
-    )
-    raise SensitivityError(msg)
+def _trace_key(layer: str, part: Part) -> ScoreKey:
+    return ScoreKey(layer, part, "", 0, 0)

@@ -28,8 +28,11 @@ def main():
 
 def table(front):
     """The front and the baselines in Markdown."""
-    head = "policy | validation accuracy | test accuracy | energy | weights | average bits | origin"
-    lines = [f"| {head} |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+    measured = "policy | validation accuracy | test accuracy | energy | weights | average bits"
+    lines = [
+        f"| {measured} | integers | origin |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+    ]
     for point in [*front["points"], *front["baselines"]]:
         cost = point["cost"]
         cells = [
@@ -39,10 +42,19 @@ def table(front):
             f"{cost['energy_pj'] / 1000:.1f} nJ",
             f"{cost['weight_bytes'] / 1024:.1f} KiB",
             f"{cost['average_bits_inner']:.2f}",
+            in_integers(point),
             point["origin"],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def in_integers(point):
+    """Whether the lowered network is the one that was measured."""
+    if point["integer_verified"] is None:
+        return "–" if point["policy_hash"] else ""
+    said = "same" if point["integer_verified"] else "other"
+    return f"{said} on {point['integer_samples']}"
 
 
 if __name__ == "__main__":

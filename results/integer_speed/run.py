@@ -57,7 +57,7 @@ def conv_integer_of(sums, codes, threads):
     """Return an onnxruntime session of ConvInteger alone, and its inputs."""
     geometry = sums.geometry
     pads = geometry.plain_padding
-    inputs = codes.numpy().astype(np.int8 if codes.min() < 0 else np.uint8)
+    inputs = codes.contiguous().numpy().astype(np.int8 if codes.min() < 0 else np.uint8)
     words = onnx.numpy_helper.from_array(sums.words.numpy().astype(np.int8), "w")
     node = onnx.helper.make_node(
         "ConvInteger",

@@ -8,6 +8,8 @@ from reference import CONSTANTS, accumulator_width, literal, root_half
 
 #: Fan-ins: one channel of a depthwise 3x3, a 3x3 of 64 channels, a 3x3 of 1024.
 FAN_INS = (9, 576, 9216)
+#: Smallest measured fan-in: a 1x1 of 4 channels.
+SMALLEST = 4
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,13 @@ def mac(kind, *, b_a, b_w, n, f=0, root=2, level_bits=8):
         parameters["F"] = f
     if kind == "post_broadcast":
         inputs["a_root"] = b_a + f
-    if kind == "codebook":
+    if kind in ("codebook", "codebook_loaded"):
         parameters["L"] = level_bits
         levels = lloyd_levels(b_w, level_bits)
+    if kind == "codebook":
         rom = ("LEVELS", level_bits, levels)
+    if kind == "codebook_loaded":
+        inputs["words"] = level_bits * 2**b_w
     if kind == "post_table":
         rom = ("TABLE", b_a + f, tuple(root_half(range(2**b_a), f).tolist()))
     if kind == "post_literal":
@@ -132,10 +137,14 @@ def all_designs():
                 for b_w in (3, 4, 5):
                     if n == 576 or (f == 2 and n == 9) or (f == 2 and b_a == 8 and b_w == 4):
                         found.append(mac("post_broadcast", b_a=b_a, b_w=b_w, n=n, f=f))
-    for b_a in (2, 3, 4, 6, 8):
-        for b_w in (3, 4):
-            found.append(mac("post_literal", b_a=b_a, b_w=b_w, n=576))
-            found += [mac("post_table", b_a=b_a, b_w=b_w, n=576, f=f) for f in (0, 2, 4)]
+    for n in (9, 576):
+        for b_a in (2, 3, 4, 6, 8):
+            for b_w in (3, 4):
+                found.append(mac("post_literal", b_a=b_a, b_w=b_w, n=n))
+                places = (0, 2, 4) if n == 576 else (2,)
+                found += [mac("post_table", b_a=b_a, b_w=b_w, n=n, f=f) for f in places]
+    for b_a in (2, 4, 8):
+        found += [mac("post_table", b_a=b_a, b_w=5, n=576, f=f) for f in (0, 4)]
     for kind in ("root3", "root4"):
         for n in (9, 576):
             for b_a in (4, 8):
@@ -147,16 +156,45 @@ def all_designs():
                     if n < 9216 or b_a == 8:
                         codebook = mac("codebook", b_a=b_a, b_w=b_w, n=n, level_bits=level_bits)
                         found.append(codebook)
-    for n in (9, 576):
+    for b_w in (6, 8):
+        for n in (9, 576):
+            found += [mac("codebook", b_a=b_a, b_w=b_w, n=n) for b_a in (4, 8)]
+    for level_bits in (6, 8):
+        for n in (9, 576):
+            for b_a in (2, 4, 8):
+                sizes = {"b_a": b_a, "b_w": 2, "n": n, "level_bits": level_bits}
+                found.append(mac("codebook_loaded", **sizes))
+    for n in (SMALLEST, 9, 576, 9216):
         for b_a in (2, 4, 8):
-            found += [mac("codebook_bins", b_a=b_a, b_w=b_w, n=n) for b_w in (2, 3, 4)]
+            for b_w in (2, 3, 4, 5):
+                if n < 9216 or b_w < 5:
+                    found.append(mac("codebook_bins", b_a=b_a, b_w=b_w, n=n))
+    found += _smallest_fan_in()
     for width in (12, 16, 20, 24):
         found += [unit("constant_multiply", WIDTH=width, C=c) for c in (45, 181)]
         found += [unit("threshold_search", W=width, B=b) for b in (2, 3, 4, 8)]
-        found += [unit("requantize", W=width, M=m, SB=6, B=8) for m in (16, 32)]
+    for width in (8, 12, 16, 20, 24, 30):
+        found += [unit("requantize", W=width, M=m, SB=6, B=8) for m in (16, 24, 32)]
     for b_a in (2, 3, 4, 6, 8):
         found += [unit("post_prepare", B_A=b_a, F=f, C=c) for f in (0, 2, 4) for c in (45, 181)]
     found += [unit("codebook_decode", B_W=b, L=level) for b in (2, 3, 4, 5) for level in (6, 8)]
+    return found
+
+
+def _smallest_fan_in():
+    """Four terms a sum, a 1x1 convolution of four channels."""
+    found, n = [], SMALLEST
+    kinds = {"uniform": (2, 3, 4, 5, 8), "pot": (2, 3, 4, 5), "post_dual": (3, 4, 5)}
+    for b_a in (2, 4, 8):
+        for kind, widths in kinds.items():
+            found += [mac(kind, b_a=b_a, b_w=b_w, n=n) for b_w in widths]
+        found += [mac("post_broadcast", b_a=b_a, b_w=b_w, n=n, f=2) for b_w in (3, 4, 5)]
+        found += [mac("post_table", b_a=b_a, b_w=b_w, n=n, f=2) for b_w in (3, 4)]
+        found += [mac("post_literal", b_a=b_a, b_w=b_w, n=n) for b_w in (3, 4)]
+        found += [mac("codebook", b_a=b_a, b_w=b_w, n=n) for b_w in (3, 4, 5)]
+        found.append(mac("codebook_loaded", b_a=b_a, b_w=2, n=n))
+    for kind in ("root3", "root4"):
+        found += [mac(kind, b_a=b_a, b_w=b_w, n=n) for b_a in (4, 8) for b_w in (4, 5, 6)]
     return found
 
 
@@ -167,6 +205,7 @@ def quick_designs():
     found += [mac(kind, **small, f=2) for kind in ("post_table", "post_broadcast")]
     found += [mac(kind, b_a=3, b_w=4, n=9) for kind in ("root3", "root4")]
     found += [mac("codebook", **small, level_bits=6), mac("codebook_bins", **small)]
+    found.append(mac("codebook_loaded", b_a=3, b_w=2, n=9, level_bits=6))
     found += [unit("constant_multiply", WIDTH=12, C=181), unit("post_prepare", B_A=4, F=2, C=45)]
     found += [unit("threshold_search", W=12, B=3), unit("codebook_decode", B_W=3, L=6)]
     found.append(unit("requantize", W=12, M=16, SB=6, B=4))

@@ -19,27 +19,50 @@ FEATURES = {
         "2^b_a (b_a + f)": lambda r: 2 ** r["b_a"] * (r["b_a"] + r["f"]),
     },
     "post_literal": {
-        "b_a": lambda r: r["b_a"],
+        "b_a (st + 1)": lambda r: literal_columns(r),
         "W": lambda r: r["W"],
         "2^b_a b_a 2^(b_w-2)": lambda r: 2 ** r["b_a"] * r["b_a"] * 2 ** (r["b_w"] - 2),
     },
     "codebook": {
         "b_a L": lambda r: r["b_a"] * r["level_bits"],
         "W": lambda r: r["W"],
-        "2^b_w L": lambda r: 2 ** r["b_w"] * r["level_bits"],
+        "2^(b_w/2) L": lambda r: 2 ** (r["b_w"] / 2) * r["level_bits"],
     },
     "codebook_2bit": {"b_a": lambda r: r["b_a"], "W": lambda r: r["W"]},
-    "codebook_bins": {"2^b_w W": lambda r: 2 ** r["b_w"] * r["W"], "W": lambda r: r["W"]},
+    "codebook_bins": {"2^b_w W": lambda r: 2 ** r["b_w"] * r["W"]},
     "constant_multiply": {"rows width": lambda r: rows(r) * r["W"]},
     "threshold_search": {"W": lambda r: r["W"], "b": lambda r: r["b_w"]},
-    "requantize": {"W M": lambda r: r["W"] * r["b_w"], "W + M": lambda r: r["W"] + r["b_w"]},
+    "requantize": {"W M": lambda r: r["W"] * r["b_w"]},
     "codebook_decode": {"2^b_w L": lambda r: 2 ** r["b_w"] * r["level_bits"]},
 }
+#: Where the energy grows otherwise than the area: reading another bin moves its lower bits, and
+#: every bin has a clock gate.
+ENERGY_FEATURES = {
+    "codebook_bins": {
+        "b_w b_a": lambda r: r["b_w"] * r["b_a"],
+        "W": lambda r: r["W"],
+        "2^b_w": lambda r: 2 ** r["b_w"],
+    },
+}
+#: Kinds whose formula has no constant.
+THROUGH_ZERO = ("requantize",)
 HELD_OUT_B_A = 6
 
 
+def features_of(kind, column):
+    """Return the terms of a kind's formula for `ge_total` or `energy`."""
+    own = ENERGY_FEATURES.get(kind) if column == "energy" else None
+    constant = {} if kind in THROUGH_ZERO else {"1": lambda _: 1.0}
+    return (own or FEATURES[kind]) | constant
+
+
 def kind_of(row):
-    """The formula that holds for a row: wired ternary weights need no multiplier array."""
+    """The formula that holds for a row: wired ternary weights need no multiplier array.
+
+    A codebook of two bits whose words come in has the multiplier of the wider ones.
+    """
+    if row["kind"] == "codebook_loaded":
+        return "codebook"
     return f"{row['kind']}_2bit" if is_ternary(row) else row["kind"]
 
 
@@ -53,14 +76,20 @@ def shift_columns(row, root):
     return (row["b_a"] + row["f"] + shift) * (int(shift).bit_length() + 1)
 
 
+def literal_columns(row):
+    """b_a (st + 1): what Eq. 18 shifts has the input's bits alone."""
+    shift = (2 ** (row["b_w"] - 1) - 2) // 2
+    return row["b_a"] * (shift.bit_length() + 1)
+
+
 def rows(row):
     """Adders of the constant multiplication: 45 = 5 * 9, 181 = 4 * 45 + 1."""
     return {45: 2, 181: 3}[row["constant"]]
 
 
-def predict(kind, coefficients, row):
+def predict(kind, coefficients, row, column):
     """Value of a fitted formula for one row."""
-    values = [feature(row) for feature in FEATURES[kind].values()] + [1.0]
+    values = [feature(row) for feature in features_of(kind, column).values()]
     return float(np.dot(coefficients, values))
 
 
@@ -70,7 +99,7 @@ def fit_kind(kind, table, column):
     coefficients = _solve(kind, table, column)
     errors = _errors(kind, coefficients, table, column)
     found = {
-        "terms": [*FEATURES[kind], "1"],
+        "terms": list(features_of(kind, column)),
         "coefficients": [round(float(c), 4) for c in coefficients],
         "rows": len(table),
         "mape": round(float(errors.mean()), 4),
@@ -95,12 +124,13 @@ def fit_kind(kind, table, column):
 
 def _solve(kind, table, column):
     y = np.array([r[column] for r in table])
-    x = np.array([[f(r) for f in FEATURES[kind].values()] + [1.0] for r in table])
+    x = np.array([[f(r) for f in features_of(kind, column).values()] for r in table])
     return np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)[0]
 
 
 def _errors(kind, coefficients, table, column):
-    return np.array([abs(predict(kind, coefficients, r) / r[column] - 1.0) for r in table])
+    predicted = [predict(kind, coefficients, row, column) for row in table]
+    return np.array([abs(p / row[column] - 1.0) for p, row in zip(predicted, table, strict=True)])
 
 
 def fit_all(table):

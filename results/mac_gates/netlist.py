@@ -201,6 +201,10 @@ def run_lanes(netlist, design, inputs, first):
     switched, settled = 0.0, values
     for step in range(steps):
         if first[step]:
+            if step:  # the last sum was taken over before it is cleared: two changes
+                for q, *_ in netlist.flops:
+                    switched += (values[q] ^ settled[q]).bit_count() * flop_ge
+                    settled[q] = values[q]
             values.update({q: mask * start for q, _, _, start in netlist.flops})
         for name, bits in design.inputs.items():
             values.update(zip(netlist.ports[name], to_lanes(inputs[name][step], bits), strict=True))

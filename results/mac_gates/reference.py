@@ -31,7 +31,7 @@ def accumulator_width(kind, *, b_a, b_w, n, f=0, root=2, level_bits=8):
     """W of section 2.2 of the hardware notes."""
     if kind == "uniform":
         return b_a + b_w + growth(n)
-    if kind == "codebook":
+    if kind in ("codebook", "codebook_loaded"):
         return b_a + level_bits + growth(n)
     if kind == "codebook_bins":
         return b_a + growth(n)
@@ -80,6 +80,8 @@ def terms(design, inputs):
     if design.kind == "codebook":
         words = np.array(design.levels, dtype=np.int64)
         return (a * words[code])[:, None]
+    if design.kind == "codebook_loaded":
+        return (a * signed(words_of(inputs["words"], p["L"], code), p["L"]))[:, None]
     if design.kind == "codebook_bins":
         return np.where(code[:, None] == np.arange(2 ** p["B_W"]), a[:, None], 0)
     sign, k = sign_and_exponent(code, p["B_W"])

@@ -6,7 +6,7 @@ Usage: python results/mac_gates/run.py [--quick] [--workers N] [--out DIR] [--me
 
 Needs `iverilog` and `yosys` (Debian packages). Writes mac_gates.csv (a row a circuit),
 run.json (how it was made), fit.json and fit.md (formulas) and, given the 45 nm synthesis as CSV,
-comparison.csv and comparison.md.
+comparison.csv, comparison.md and derived.json (constants of the cost model).
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from compare import comparison, markdown, read_45nm, within_kind
+from derive import derive
 from designs import all_designs, quick_designs
 from fit import fit_all, formulas
 from icarus import simulate
@@ -195,6 +196,7 @@ def write_comparison(out, table, measured):
     text += markdown(rows, list(rows[0]))
     (out / "comparison.md").write_text(text)
     print(text)
+    _write_json(out / "derived.json", {"made": provenance(seed=SEED), **derive(table, measured)})
 
 
 def main():

@@ -7,7 +7,7 @@ from adq_search.hardware.datapaths import MacJob, make_datapath
 
 HARDWARE = "post_asic_45nm"
 #: Kind of a row: weight quantizer, datapath, and the row's columns that are its settings.
-#: Roots 3 and 4 are scaled from these rows themselves: their errors are no independent check.
+#: Where `derive` made the constants from these rows, their errors are no independent check.
 UNITS = {
     "uniform": ("lsq", "uniform", {}),
     "pot": ("pot", "pot", {}),
@@ -16,6 +16,7 @@ UNITS = {
     "post_table": ("post", "post_lut", {"fraction_bits": "f"}),
     "post_literal": ("post", "post_lut_literal", {}),
     "codebook": ("adq", "codebook", {"level_bits": "level_bits"}),
+    "codebook_loaded": ("adq", "codebook", {"level_bits": "level_bits"}),
     "codebook_bins": ("adq", "codebook_bins", {}),
     "root3": ("root", "root_accumulators", {}),
     "root4": ("root", "root_accumulators", {}),
@@ -38,11 +39,18 @@ def shipped_mac(row):
         input_bits=row["b_a"],
         fan_in=row["n"],
         n_sharing=10**9,
-        options={"root": int(row["kind"][-1])} if quantizer == "root" else {},
+        options=_options(row["kind"]),
     )
     datapath = make_datapath(name, {k: row[column] for k, column in settings.items()})
     hardware = load_hardware(HARDWARE)
     return None if datapath.why_not(job, hardware) else datapath.mac(job, hardware)
+
+
+def _options(kind):
+    """The circuit of Eq. 18 has the columns of Eq. 17, one exponent more than b bits can name."""
+    if kind.startswith("root"):
+        return {"root": int(kind[-1])}
+    return {"levels": "eq17"} if kind == "post_literal" else {}
 
 
 def shipped_errors(table):

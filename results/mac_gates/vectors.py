@@ -84,8 +84,16 @@ def icarus_vectors(design, seed):
         first[0] = 1
         inputs["a"] = np.concatenate([inputs["a"], a])
         inputs["code"] = np.concatenate([inputs["code"], code])
+        if "words" in inputs:
+            inputs["words"] = np.concatenate([inputs["words"], np.full(len(a), _packed(design))])
         inputs["first"] = np.concatenate([inputs["first"], first])
     return _with_prepared(design, inputs)
+
+
+def _packed(design):
+    """The level words as one integer, code 0 in the lowest bits."""
+    bits = design.parameters["L"]
+    return sum((w & (2**bits - 1)) << (bits * i) for i, w in enumerate(design.levels))
 
 
 def _with_prepared(design, inputs):
@@ -156,6 +164,8 @@ def energy_vectors(design, seed, lanes, steps):
             found[name] = _weight_codes(design, rng, shape)
         elif name != "a_root":
             found[name] = np.reshape(random_codes(rng, bits, steps * lanes), shape)
+    if design.kind == "codebook_loaded":
+        found["words"] = np.full(shape, _packed(design))
     if design.kind == "codebook_decode":  # the table stays, the codes change
         found["words"] = np.repeat(found["words"][:1], steps, axis=0)
     if design.kind == "requantize":  # multiplier and shift stay for a layer

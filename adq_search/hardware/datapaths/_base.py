@@ -42,6 +42,8 @@ class MacJob:
         fan_in: N.
         n_sharing: Output channels that use one input: those of its group.
         options: Options of the weight quantizer.
+        uses_per_input: Multiply-accumulates for each input read, windows that overlap included;
+            None for `n_sharing`, as in a 1x1 convolution.
     """
 
     layer: str
@@ -51,6 +53,7 @@ class MacJob:
     fan_in: int
     n_sharing: int
     options: WeightOptions
+    uses_per_input: float | None = None
 
     @property
     def n_words(self) -> int:
@@ -152,9 +155,8 @@ class Datapath(ABC):
             raise CostError(msg + reason)
         unit = hardware.unit(self.constants(job))
         widths = self.widths(job)
-        array = self.array_size(job)
-        fj = unit.energy.at(array, widths.accumulator) * self.energy_factor(hardware)
-        ge = unit.area.at(array, widths.accumulator)
+        fj = unit.energy.at(self.array_size(job), widths.accumulator)
+        ge = unit.area.at(self.area_size(job), widths.accumulator)
         scale = hardware.pj_per_fj
         return Mac(
             datapath=self.name,
@@ -174,11 +176,15 @@ class Datapath(ABC):
         reason = self.misfit(job)
         if reason:
             return reason
-        unit = hardware.unit(self.constants(job))
+        try:
+            unit = hardware.unit(self.constants(job))
+        except CostError as error:
+            return str(error)
         outside = self._outside(unit.usable, job)
         if outside is None:
-            at = (self.array_size(job), self.widths(job).accumulator)
-            if min(unit.energy.at(*at), unit.area.at(*at)) > 0.0:
+            width = self.widths(job).accumulator
+            fj = unit.energy.at(self.array_size(job), width)
+            if min(fj, unit.area.at(self.area_size(job), width)) > 0.0:
                 return None
             return (
                 "its fitted energy or area is not positive there, so the fit does not hold. "
@@ -216,12 +222,12 @@ class Datapath(ABC):
     def array_size(self, job: MacJob) -> float:
         """Return X."""
 
-    def energy_factor(self, hardware: Hardware) -> float:
-        """Return what the energy of the plain unit is multiplied by."""
-        return 1.0
+    def area_size(self, job: MacJob) -> float:
+        """Return X of the area, where it is another than that of the energy."""
+        return self.array_size(job)
 
     def extra_fj(self, job: MacJob, hardware: Hardware) -> float:
-        """Return the energy that a MAC takes beyond the fitted form."""
+        """Return the energy that a MAC takes beyond the fitted form: of its tables, of its bins."""
         return 0.0
 
     def extra_ge(self, job: MacJob, hardware: Hardware) -> float:
@@ -262,6 +268,20 @@ def constant_rows(job: MacJob, hardware: Hardware) -> float:
     """Return the adders of a multiplication by sqrt(1/2): two for 45/64, else the file's."""
     is_short = job.resolved.get("sqrt_half") == "45/64"
     return 2.0 if is_short else hardware.operators.post_constant_rows
+
+
+def joining_fj(job: MacJob, hardware: Hardware, width: int, n_accumulators: int) -> float:
+    """Return the energy of joining the accumulators of a root of two, once an output.
+
+    As in `adq_search.integer`: with the exact root each accumulator beyond the first takes a
+    multiplier of its own; where training snapped the root to m / 2^t, the accumulators join as
+    integers by m's adders, and what is rescaled then has t bits more.
+    """
+    t = dyadic_bits(job)
+    if t is None:
+        return (n_accumulators - 1) * hardware.rescale_fj(width)
+    adders = hardware.operators.multiply * constant_rows(job, hardware) * width
+    return (n_accumulators - 1) * adders + hardware.rescale_fj(t)
 
 
 def shifter_size(product_bits: int, largest_shift: int) -> int:

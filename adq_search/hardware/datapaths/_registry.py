@@ -114,8 +114,11 @@ def cheapest_mac(job: MacJob, hardware: Hardware) -> Mac:
             f"{job.input_bits}-bit inputs: {told}"
         )
         raise CostError(msg)
-    inputs_per_mac = 1.0 / max(job.n_sharing, 1)
-    return min(
-        legal,
-        key=lambda m: m.mac_pj + m.output_pj / job.fan_in + m.input_pj * inputs_per_mac,
-    )
+    uses = max(job.uses_per_input or job.n_sharing, 1)
+
+    def energy_pj(mac: Mac) -> float:
+        """Of one MAC with its share of inputs and outputs."""
+        rescale_pj = hardware.rescale_fj(mac.widths.accumulator) * hardware.pj_per_fj
+        return mac.mac_pj + (mac.output_pj + rescale_pj) / job.fan_in + mac.input_pj / uses
+
+    return min(legal, key=energy_pj)

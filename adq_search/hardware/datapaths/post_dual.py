@@ -3,9 +3,8 @@
     y = 2^-S (E + O / sqrt 2),  E = sum of +-A 2^(S - k/2) over even exponents k,
                                 O = sum of +-A 2^(S - (k-1)/2) over odd ones
 
-E and O are exact integers; O is multiplied by the constant once per output. The trick is known
-from logarithmic accelerators (NVIDIA US 11,886,980; LNS-Madam [Zhao2022]_); here only weights are
-powers.
+E and O are exact integers; they are joined once per output. The trick is known from logarithmic
+accelerators (NVIDIA US 11,886,980; LNS-Madam [Zhao2022]_); here only weights are powers.
 
 .. [Zhao2022] Zhao et al.: LNS-Madam. IEEE Transactions on Computers, 2022.
 """
@@ -17,7 +16,7 @@ from adq_search.hardware.datapaths._base import (
     Datapath,
     MacJob,
     Widths,
-    constant_rows,
+    joining_fj,
     shifter_size,
 )
 from adq_search.hardware.datapaths._registry import register_datapath
@@ -41,6 +40,4 @@ class PostDual(Datapath):
         return shifter_size(self.widths(job).product, job.largest_exponent // 2)
 
     def output_fj(self, job: MacJob, hardware: Hardware) -> float:
-        # Each adder of the constant multiplication is one row of a multiplier array, W bits wide.
-        rows = constant_rows(job, hardware)
-        return hardware.operators.multiply * rows * self.widths(job).accumulator
+        return joining_fj(job, hardware, self.widths(job).accumulator, n_accumulators=2)

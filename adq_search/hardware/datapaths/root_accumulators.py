@@ -12,7 +12,7 @@ from adq_search.hardware.datapaths._base import (
     Datapath,
     MacJob,
     Widths,
-    constant_rows,
+    joining_fj,
     shifter_size,
 )
 from adq_search.hardware.datapaths._registry import register_datapath
@@ -47,6 +47,4 @@ class RootAccumulators(Datapath):
         return shifter_size(self.widths(job).product, self._shift(job))
 
     def output_fj(self, job: MacJob, hardware: Hardware) -> float:
-        # One constant multiplication for every accumulator but the first.
-        rows = constant_rows(job, hardware) * (self._root(job) - 1)
-        return hardware.operators.multiply * rows * self.widths(job).accumulator
+        return joining_fj(job, hardware, self.widths(job).accumulator, self._root(job))

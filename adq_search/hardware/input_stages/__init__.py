@@ -1,7 +1,7 @@
 """Input stages: what quantizing a layer's input takes, one input quantizer a file."""
 
 from adq_search.hardware.input_stages._base import (
-    WORD_BYTES,
+    SCALE_BYTES,
     InputStage,
     InputWork,
     input_stage_of,
@@ -13,7 +13,7 @@ from adq_search.hardware.input_stages.n2uq import thresholds
 
 __all__ = [
     "ADAPTER_BITS",
-    "WORD_BYTES",
+    "SCALE_BYTES",
     "InputStage",
     "InputWork",
     "adapter_shapes",

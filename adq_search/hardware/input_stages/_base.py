@@ -9,8 +9,8 @@ from adq_search.errors import CostError, did_you_mean
 from adq_search.hardware._table import Hardware
 from adq_search.tracing import LayerInfo
 
-#: Bytes of a step size, a threshold, a codebook level (16-bit words).
-WORD_BYTES = 2
+#: Bytes of a step size, a threshold, a scale: a 32-bit multiplier, or float32 in a package.
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,14 @@ class InputWork:
     Args:
         energy_pj: Energy of what is computed.
         stored_bytes: Bytes of its parameters.
-        n_operations: Multiply-accumulates, additions and comparisons.
+        n_operations: Multiplications, multiply-accumulates, additions and comparisons.
+        moved_bits: Bits of values that are read again before they become codes.
     """
 
     energy_pj: float
     stored_bytes: int
     n_operations: int = 0
+    moved_bits: int = 0
 
 
 InputStage = Callable[[LayerInfo, int, int, Hardware], InputWork]

@@ -1,9 +1,13 @@
-"""N2UQ inputs: accumulators are compared with learned thresholds."""
+"""N2UQ inputs: values are compared with learned thresholds."""
 
 from __future__ import annotations
 
 from adq_search.hardware._table import Hardware
-from adq_search.hardware.input_stages._base import WORD_BYTES, InputWork, register_input_stage
+from adq_search.hardware.input_stages._base import (
+    SCALE_BYTES,
+    InputWork,
+    register_input_stage,
+)
 from adq_search.tracing import LayerInfo
 
 
@@ -11,14 +15,15 @@ from adq_search.tracing import LayerInfo
 def thresholds(
     layer: LayerInfo, input_bits: int, accumulator_bits: int, hardware: Hardware
 ) -> InputWork:
-    """Binary search among 2^b - 1 thresholds: b comparisons of an accumulator for each input.
+    """Binary search among 2^b - 1 thresholds: b comparisons of a value for each input.
 
-    The layer's own accumulator width stands for that of the layer before it, which keeps the cost
-    additive over layers.
+    What is compared is the rescaled value between layers, as in the integer network: accumulators
+    have a scale for each channel, thresholds one for all.
     """
+    del accumulator_bits
     comparisons = layer.n_input_reads * input_bits
     return InputWork(
-        energy_pj=comparisons * accumulator_bits * hardware.operators.add * 1e-3,
-        stored_bytes=(2**input_bits - 1) * WORD_BYTES + WORD_BYTES,  # thresholds, output scale
+        energy_pj=comparisons * hardware.operators.carrier * hardware.operators.add * 1e-3,
+        stored_bytes=2**input_bits * SCALE_BYTES,  # thresholds and the output scale
         n_operations=comparisons,
     )

@@ -1,4 +1,4 @@
-"""Contracts that every quantizer keeps, to be run by pytest: ours and third parties'.
+"""Contracts of quantizers.
 
 Subclass `WeightQuantizerContract` or `InputQuantizerContract` in a test module, name the quantizer,
 and write down its published formulas once more, slowly:

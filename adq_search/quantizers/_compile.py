@@ -1,0 +1,112 @@
+"""Compile small functions of tensors where that pays; run them as they stand where it does not.
+
+A quantizer's arithmetic is cheap, but as separate tensor operations it reads and writes memory a
+dozen times. `torch.compile` makes one loop of it. Everything that a policy decides (code ranges,
+steps, levels) comes in as a tensor and sizes are symbolic, so a new policy compiles nothing.
+
+`ADQ_SEARCH_COMPILE` chooses: `auto` (large tensors, where a compiler is), `on` (all tensors; an
+error where there is no compiler), `off`. Compiled code is kept on disk (`TORCHINDUCTOR_CACHE_DIR`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from adq_search.errors import AdqSearchWarning, QuantizerError
+
+MODES = ("auto", "on", "off")
+#: Elements from which on a compiled call is worth a process's seconds of start-up (`auto`).
+COMPILE_FROM = 2**18
+#: Sizes that code is generated for. All others run the same code: speed and the order of sums
+#: must not depend on which layer came first.
+_ROWS, _ENTRIES = 64, 256
+#: Columns, for rows up to 4096 and for longer ones, which inductor sums in another way.
+_COLUMNS = {False: 2053, True: 8209}
+_LONG = 4096
+
+Out = TypeVar("Out")
+
+
+class Kernel(Generic[Out]):
+    """A function of tensors without side effects, compiled when it is first worth it.
+
+    Args:
+        function: Takes values as rows first, # shape: (rows, n); then rows, columns
+            # shape: (rows, 1), tables # shape: (entries,) and scalars # shape: ().
+    """
+
+    def __init__(self, function: Callable[..., Out]) -> None:
+        self.function = function
+        self._ready: dict[tuple[Any, ...], bool] = {}
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Out]:
+        # Late, since it imports the compiler.
+        return torch.compile(self.function, dynamic=True, fullgraph=True)
+
+    def __call__(self, rows: Tensor, *others: Tensor) -> Out:
+        """Return `function(rows, *others)`, the same whether compiled or not; no gradient."""
+        mode = compile_mode()
+        # Within somebody else's compilation the plain function joins that graph.
+        if mode == "off" or torch.compiler.is_compiling():
+            return self.function(rows, *others)
+        if mode == "auto" and rows.numel() < COMPILE_FROM:
+            return self.function(rows, *others)
+        # Parameters and autocast would be other graphs.
+        tensors = [t.detach() for t in (rows, *others)]
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            if not self._is_ready(tensors, mode):
+                return self.function(*tensors)
+            return self._compiled(*tensors)
+
+    def _is_ready(self, tensors: list[Tensor], mode: str) -> bool:
+        """Compile for these dtypes, unless that was tried before; whether it worked."""
+        signature = (
+            tensors[0].device.type,
+            torch.get_num_threads(),
+            tensors[0].shape[-1] > _LONG,
+            *((t.dtype, t.ndim, *(size == 1 for size in t.shape)) for t in tensors),
+        )
+        if signature not in self._ready:
+            try:
+                is_long = tensors[0].shape[-1] > _LONG
+                self._compiled(*(_example(tensor, is_long=is_long) for tensor in tensors))
+            except Exception as error:  # no compiler, no headers, an old driver: torch has many
+                if mode == "on":
+                    raise
+                self._ready[signature] = False
+                msg = (
+                    f"Quantizers run uncompiled, which is slower: {type(error).__name__} in "
+                    f"`{self.function.__name__}`. Install a C++ compiler, or set "
+                    "ADQ_SEARCH_COMPILE=off to hide this."
+                )
+                warnings.warn(msg, AdqSearchWarning, stacklevel=4)
+            else:
+                self._ready[signature] = True
+        return self._ready[signature]
+
+
+def compile_mode() -> str:
+    """Return what `ADQ_SEARCH_COMPILE` says, `auto` by default.
+
+    Raises:
+        QuantizerError: It says something else.
+    """
+    mode = os.environ.get("ADQ_SEARCH_COMPILE", "auto")
+    if mode not in MODES:
+        msg = f"ADQ_SEARCH_COMPILE is one of {', '.join(MODES)}, not {mode!r}. Correct it."
+        raise QuantizerError(msg)
+    return mode
+
+
+def _example(tensor: Tensor, *, is_long: bool) -> Tensor:
+    sizes = {0: (), 1: (_ENTRIES,), 2: (_ROWS, _COLUMNS[is_long])}[tensor.ndim]
+    shape = [1 if own == 1 else size for own, size in zip(tensor.shape, sizes, strict=True)]
+    return tensor.new_ones(shape)

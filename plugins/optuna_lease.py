@@ -1,0 +1,188 @@
+"""Who still works at which trial, and what becomes of the trials of workers that are gone.
+
+On a database Optuna's heartbeats say it. Elsewhere (journal file, gRPC proxy) a worker renews a
+lease: the user attribute `lease` of its trial, seconds since 1970 by its own clock. Who judges
+compares leases with nothing but themselves, so clocks need not agree: a lease that did not change
+for the grace period is over.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+LEASE = "lease"
+WORKER = "worker"
+#: Times a policy is queued again after its worker died; a policy that kills its workers ends there.
+MAX_RETRIES = 3
+_TERMS = "adq_search.lease"
+#: What a trial that is queued again takes over from the one that was lost.
+_CARRIED = ("policy_hash", "result", "weights")
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTerms:
+    """How often a worker says that it is alive, and how long its silence is borne.
+
+    Attributes:
+        interval_s: Seconds between two signs of life, at least 1.
+        grace_s: Seconds of silence after which its trial is given to others.
+    """
+
+    interval_s: float = 15.0
+    grace_s: float = 60.0
+
+    def publish(self, study: Study) -> None:
+        """Write the terms into the study, for all who join."""
+        study.set_user_attr(_TERMS, asdict(self))
+
+    @classmethod
+    def of(cls, study_attrs: dict[str, Any]) -> Self:
+        """Read a study's terms from its user attributes; the defaults where it has none."""
+        return cls(**study_attrs.get(_TERMS, {}))
+
+
+def worker_name() -> str:
+    """Return what this process is called in the study: host and process number."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class Lease:
+    """Holds the lease of the trial that this process runs.
+
+    Args:
+        terms: How often to renew.
+        is_needed: False where heartbeats say the same.
+    """
+
+    def __init__(self, terms: LeaseTerms, *, is_needed: bool) -> None:
+        self._terms = terms
+        self._is_needed = is_needed
+
+    @contextmanager
+    def held(self, trial: Trial) -> Iterator[None]:
+        """Renew the trial's lease from another thread until the block is left."""
+        trial.set_user_attr(WORKER, worker_name())
+        if not self._is_needed:
+            yield
+            return
+        done = threading.Event()
+        renewing = threading.Thread(target=self._renew, args=(trial, done), daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            done.set()
+            renewing.join()
+
+    def _renew(self, trial: Trial, done: threading.Event) -> None:
+        while not done.is_set():
+            try:
+                trial.set_user_attr(LEASE, round(time.time(), 1))
+            except UpdateFinishedTrialError:
+                return  # it was given to others; the worker notices when it tells its result
+            done.wait(self._terms.interval_s)
+
+
+class Sweeper:
+    """Fails the trials of workers that are gone, and queues their policies again.
+
+    Args:
+        terms: How long silence is borne.
+        has_heartbeats: Whether the storage keeps Optuna's heartbeats.
+    """
+
+    def __init__(self, terms: LeaseTerms, *, has_heartbeats: bool) -> None:
+        self._terms = terms
+        self._has_heartbeats = has_heartbeats
+        self._seen: dict[int, tuple[Any, float]] = {}
+
+    def sweep(self, study: Study, *, mine: int | None = None) -> None:
+        """Look at every running trial once.
+
+        Args:
+            study: The study.
+            mine: Number of the trial that this process is running.
+        """
+        if self._has_heartbeats:
+            optuna.storages.fail_stale_trials(study)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.number != mine and self._is_over(trial):
+                give_up(study, trial)
+
+    def _is_over(self, trial: FrozenTrial) -> bool:
+        worker = trial.user_attrs.get(WORKER)
+        if worker is not None and is_gone(worker):
+            return True
+        if worker is not None and self._has_heartbeats:
+            return False
+        sign, now = (worker, trial.user_attrs.get(LEASE)), time.monotonic()
+        before, since = self._seen.get(trial.number, (None, now))
+        if before != sign:
+            since = now
+        self._seen[trial.number] = (sign, since)
+        return now - since > self._terms.grace_s
+
+
+def is_gone(worker: str) -> bool:
+    """Whether a worker is known to have ended: a process of this machine that is no more.
+
+    Of this process itself it is asked between two trials, so a trial in its name is another's.
+    """
+    host, _, process = worker.rpartition(":")
+    if host != socket.gethostname():
+        return False
+    if int(process) == os.getpid():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def is_alive(trial: FrozenTrial, terms: LeaseTerms) -> bool:
+    """Whether a running trial's worker seems to be at work, as far as one look can tell."""
+    worker = trial.user_attrs.get(WORKER)
+    if worker is None or (is_gone(worker) and worker != worker_name()):
+        return False
+    return time.time() - trial.user_attrs.get(LEASE, math.inf) < terms.grace_s
+
+
+def give_up(study: Study, trial: FrozenTrial) -> None:
+    """Fail a running trial whose worker is gone, and queue its policy again."""
+    try:
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    except UpdateFinishedTrialError:
+        return  # another process was faster
+    if study.get_trials(deepcopy=False)[trial.number].state == TrialState.FAIL:
+        requeue(study, trial)
+
+
+def requeue(study: Study, trial: FrozenTrial) -> None:
+    """Queue the policy of a lost trial again, with what it had measured if it had.
+
+    Draws that were not to be measured, or whose policy was not known yet, are not missed.
+    """
+    attributes = trial.user_attrs
+    retries = attributes.get("retries", 0) + 1
+    is_missed = attributes.get("verdict") in (None, "measured") and "policy_hash" in attributes
+    if not is_missed or retries > MAX_RETRIES:
+        return
+    parameters = trial.params or trial.system_attrs.get("fixed_params", {})
+    carried = {key: attributes[key] for key in _CARRIED if key in attributes}
+    study.enqueue_trial(parameters, user_attrs={**carried, "retries": retries})
