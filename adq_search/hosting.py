@@ -21,12 +21,15 @@ class HostOptions:
         storage: URL of the storage; None for a file in the session's folder.
         workers: Processes that run trials at once.
         resume: Go on with a study that exists.
+        artifacts: Where workers elsewhere find weights: a folder or `s3://bucket`; None for a
+            folder in the session's.
     """
 
     study: str
     storage: str | None = None
     workers: int = 1
     resume: bool = False
+    artifacts: str | None = None
 
 
 @dataclass(frozen=True)

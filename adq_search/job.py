@@ -56,7 +56,7 @@ class SearchSettings(StrictModel):
     seeds: Annotated[int, Field(ge=0)] = 8
     prior_samples: Annotated[int, Field(ge=1)] = 256
     hardware: str = "post_asic_45nm"
-    sampler: Literal["guide", "tpe", "nsga2", "gp", "random"] = "tpe"
+    sampler: Literal["guide", "tpe", "nsga2", "gp", "random"] = "guide"
     seed: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("budgets", mode="before")

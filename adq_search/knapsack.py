@@ -63,9 +63,35 @@ def _is_above(a: int, b: int, c: int, costs: Sequence[float], losses: Sequence[f
 def choose(objective: Rows, limits: Sequence[tuple[Rows, float]]) -> list[int] | None:
     """Return the choice of each group that minimises the objective within limits; None if none.
 
-    The solver's tolerances are absolute, so objective and limits are scaled. A solution that uses
-    a tolerance to overstep a limit is cut off by itself, and the solver asked again.
+    Choices that another of their group beats in everything are left out first. The solver's
+    tolerances are absolute, so objective and limits are scaled. A solution that uses a tolerance
+    to overstep a limit is cut off by itself, and the solver asked again.
     """
+    kept = [
+        _undominated([objective[g], *(rows[g] for rows, _ in limits)])
+        for g in range(len(objective))
+    ]
+    chosen = _solve(
+        [[row[i] for i in at] for row, at in zip(objective, kept, strict=True)],
+        [
+            ([[row[i] for i in at] for row, at in zip(rows, kept, strict=True)], limit)
+            for rows, limit in limits
+        ],
+    )
+    return None if chosen is None else [at[i] for at, i in zip(kept, chosen, strict=True)]
+
+
+def _undominated(criteria: Rows) -> list[int]:
+    """Return the choices that no other matches in every criterion; the first of equal ones."""
+    values = np.array(criteria, dtype=np.float64)  # shape: (criteria, choices)
+    no_more = (values[:, :, None] <= values[:, None, :]).all(axis=0)  # i against j
+    less = (values[:, :, None] < values[:, None, :]).any(axis=0)
+    is_first = np.triu(np.ones_like(less), k=1)
+    return [int(j) for j in np.flatnonzero(~(no_more & (less | is_first)).any(axis=0))]
+
+
+def _solve(objective: Rows, limits: Sequence[tuple[Rows, float]]) -> list[int] | None:
+    """Return what `choose` returns, by branch and bound."""
     sizes = [len(row) for row in objective]
     owner = np.repeat(np.arange(len(sizes)), sizes)
     columns = np.arange(len(owner))
@@ -86,7 +112,8 @@ def choose(objective: Rows, limits: Sequence[tuple[Rows, float]]) -> list[int] |
             integrality=np.ones(len(goal)),
             bounds=Bounds(0.0, allowed),
             constraints=constraints,
-            options={"disp": False, "mip_rel_gap": 0.0},
+            # HiGHS's presolve prints where it mends a solution, whatever `disp` says.
+            options={"disp": False, "mip_rel_gap": 0.0, "presolve": False},
         )
         if solution.x is None:
             return None

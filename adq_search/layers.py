@@ -30,14 +30,17 @@ class QuantLayer(nn.Module):
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer
 
+    def _quantized(self, weight: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+        self.weight_quantizer.input_values = input.numel()
+        return self.weight_quantizer(weight), self.input_quantizer(input)
+
 
 class QuantConv1d(QuantLayer, nn.Conv1d):
     """A `Conv1d` on quantized weights and inputs; padding is applied after quantization."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution. # shape: (N, out, length)."""
-        weight: Tensor = self.weight_quantizer(self.weight)
-        values: Tensor = self.input_quantizer(input)
+        weight, values = self._quantized(self.weight, input)
         with made_again(values):
             out: Tensor = self._conv_forward(values, weight, self.bias)
         return out
@@ -48,8 +51,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution. # shape: (N, out, height, width)."""
-        weight: Tensor = self.weight_quantizer(self.weight)
-        values: Tensor = self.input_quantizer(input)
+        weight, values = self._quantized(self.weight, input)
         with made_again(values):
             out: Tensor = self._conv_forward(values, weight, self.bias)
         return out
@@ -67,8 +69,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product. # shape: (N, ..., out)."""
-        weight: Tensor = self.weight_quantizer(self.weight)
-        values: Tensor = self.input_quantizer(input)
+        weight, values = self._quantized(self.weight, input)
         with made_again(values):
             return F.linear(values, weight, self.bias)
 

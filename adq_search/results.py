@@ -56,7 +56,7 @@ def write_outcome(
     """
     began = time.perf_counter()
     plan, search = session.plan, session.plan.job.search
-    records = [_record(trial) for trial in outcome.trials]
+    records = [record_of(trial) for trial in outcome.trials]
     front = select_front(records, search.axes, search.budgets)
     shown = front or least_violating(records, search.budgets, len(records))
     kept = _distinct([*shown, *uniform_records(records)])
@@ -134,7 +134,8 @@ def write_outcome(
     return report
 
 
-def _record(trial: HostedTrial) -> TrialRecord:
+def record_of(trial: HostedTrial) -> TrialRecord:
+    """Return a host's trial in the form that results are written in."""
     result = trial.result
     return TrialRecord(
         number=trial.number,

@@ -7,11 +7,12 @@ back, in another process or after an interruption. Hosts see a `Session` and not
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import nn
 
 from adq_search.distill import Teacher
 from adq_search.errors import StorageError
@@ -24,7 +25,7 @@ from adq_search.progress import NoProgress, Progress
 from adq_search.sensitivity import SensitivityEstimator, SensitivityTable, sensitivity_table
 from adq_search.teacher import load_weights_, make_teacher
 from adq_search.training import EpochProgress, Evaluation, Monitor, evaluate
-from adq_search.trial import TrialResult, run_trial, weights_of
+from adq_search.trial import TrialResult, run_trial, run_trials, weights_of
 
 SCHEMA = "adq_search.session/1"
 #: What the prior measured, beside the session's other files.
@@ -85,11 +86,42 @@ class Session:
             monitor=monitor,
             seed=job.search.seed,
         )
+        self._keep(result, network)
+        return result
+
+    def measure_together(self, policies: Sequence[Policy]) -> list[TrialResult]:
+        """Return the results of several policies, as `measure`; train the new ones in one pass.
+
+        Args:
+            policies: No two the same.
+        """
+        job = self.plan.job
+        new = [policy for policy in policies if self.result_of(policy) is None]
+        if new:
+            measured = run_trials(
+                new,
+                self.plan.task,
+                self.teacher,
+                job.training,
+                [self.plan.totals(policy) for policy in new],
+                seed=job.search.seed,
+            )
+            for result, network in measured:
+                self._keep(result, network)
+        return [self.measure(policy) for policy in policies]
+
+    def _keep(self, result: TrialResult, network: nn.Module) -> None:
+        """Write the weights of a complete trial, and then its result."""
         if result.state == "complete":
             state = weights_of(network)
-            write_atomic(self.weights_file(policy), lambda path: save_file(state, path))
-        write_json(self._result_file(policy.hash), result.to_json())
-        return result
+            write_atomic(self.weights_file(result.policy), lambda path: save_file(state, path))
+        write_json(self._result_file(result.policy.hash), result.to_json())
+
+    def adopt(self, result: TrialResult) -> None:
+        """Keep a result that was measured elsewhere, unless the folder has one of its policy."""
+        file = self._result_file(result.policy.hash)
+        if not file.exists():
+            write_json(file, result.to_json())
 
     def result_of(self, policy: Policy) -> TrialResult | None:
         """Return what was measured of a policy before, None if nothing was."""

@@ -36,6 +36,8 @@ class TrainingSettings(StrictModel):
         distillation: How the student listens to the teacher.
         calibration_samples: Training samples that initialise the input quantizers.
         batch_norm_batches: Training batches that re-estimate batch-norm statistics at the end.
+        networks_per_pass: Networks that the Optuna host trains at once, as one. With 1, a result
+            depends on its policy and the seed alone; with more, it does so within rounding.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 6
@@ -46,6 +48,7 @@ class TrainingSettings(StrictModel):
     distillation: DistillationSettings = DistillationSettings()
     calibration_samples: Annotated[int, Field(ge=1)] = 256
     batch_norm_batches: Annotated[int, Field(ge=1)] = 16
+    networks_per_pass: Annotated[int, Field(ge=1, le=64)] = 1
 
 
 class Monitor(Protocol):
@@ -290,8 +293,10 @@ def _parameter_groups(network: nn.Module, settings: TrainingSettings) -> list[di
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for module in network.modules():
-        factor = getattr(module, "learning_rate_factor", None)  # quantizers, alone or stacked
-        for parameter in module.parameters() if factor is not None else ():
+        factor: float | None = getattr(module, "learning_rate_factor", None)
+        if factor is None:  # neither a quantizer nor stacked quantizers
+            continue
+        for parameter in module.parameters():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 key = (settings.learning_rate * factor, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -16,13 +16,16 @@ from adq_search.convert import apply_policy_, measure_health, reestimate_batch_n
 from adq_search.distill import Teacher
 from adq_search.integer import snap_codebooks_
 from adq_search.policy import Policy
+from adq_search.stacking import Stack
 from adq_search.tasks import Task
 from adq_search.training import (
     Evaluation,
+    FitOutcome,
     Monitor,
     TrainingSettings,
     evaluate,
     fit,
+    fit_stack,
     training_inputs,
 )
 
@@ -110,42 +113,129 @@ def run_trial(
     """
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = task.make_network()
-        network.load_state_dict(teacher.network.state_dict())
-        apply_policy_(network, policy, task.calibration(settings.calibration_samples, seed=seed))
+        network = _student(policy, task, teacher, settings, seed)
         ready = time.perf_counter()
         outcome = fit(network, task, settings, teacher=teacher, monitor=monitor, seed=seed)
-        draft = TrialResult(
-            policy=policy,
-            state="stopped" if outcome.was_stopped else "complete",
-            accuracy=None,
-            loss=None,
-            kl=None,
-            cost=dict(cost),
-            epochs=outcome.epochs,
-            wall_s=0.0,
-            train_s=0.0,
-            reason="stopped by the monitor" if outcome.was_stopped else None,
-        )
         if outcome.is_finite:
             snap_codebooks_(network)
             reestimate_batch_norm_(network, training_inputs(task, settings, seed=seed))
-            measured = evaluate(network, task.validation, teacher)
-            trained = time.perf_counter()
-            health = measure_health(
-                network, task.calibration(settings.calibration_samples, seed=seed)
-            )
-            draft = replace(
-                _judged(draft, measured, task),
-                health=asdict(health),
-                weights_fingerprint=fingerprint_of(weights_of(network)),
-            )
-        else:
-            trained = time.perf_counter()
-            reason = f"the training loss became {outcome.loss} in epoch {outcome.epochs}"
-            draft = replace(draft, state="diverged", reason=reason)
-    return replace(draft, wall_s=time.perf_counter() - start, train_s=trained - ready), network
+        trained = time.perf_counter()
+        draft = _draft(policy, outcome, cost, wall_s=trained - start, train_s=trained - ready)
+        return _measured(draft, network, task, teacher, settings, seed), network
+
+
+def run_trials(
+    policies: Sequence[Policy],
+    task: Task,
+    teacher: Teacher,
+    settings: TrainingSettings,
+    costs: Sequence[Mapping[str, float]],
+    *,
+    seed: int,
+) -> list[tuple[TrialResult, nn.Module]]:
+    """Train the networks of several policies in one pass, and measure each.
+
+    The same pass has the same results, bit for bit. Each is that of `run_trial` within rounding,
+    which training amplifies: in floating point the order of sums depends on the whole pass. Shared
+    seconds are divided evenly.
+
+    Args:
+        policies: Any number; their networks are trained as one.
+        task: Network and data; `why_not_stackable` must find nothing in its network.
+        teacher: Full-precision network.
+        settings: The training recipe.
+        costs: The total cost figures of each policy.
+        seed: Of everything random in each trial.
+
+    Returns:
+        For each policy its result and its trained quantized network.
+
+    Raises:
+        PolicyError: A policy does not fit the network.
+    """
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        networks = [_student(policy, task, teacher, settings, seed) for policy in policies]
+        ready = time.perf_counter()
+        stack = Stack(networks)
+        outcomes = fit_stack(stack, task, settings, teacher=teacher, seed=seed)
+        stack.unstack_()
+        for network, outcome in zip(networks, outcomes, strict=True):
+            if outcome.is_finite:
+                snap_codebooks_(network)
+        stack = Stack(networks)
+        reestimate_batch_norm_(stack, training_inputs(task, settings, seed=seed))
+        stack.unstack_()
+        trained = time.perf_counter()
+        wall_s, train_s = ((trained - since) / len(policies) for since in (start, ready))
+        drafts = [
+            _draft(policy, outcome, cost, wall_s=wall_s, train_s=train_s)
+            for policy, outcome, cost in zip(policies, outcomes, costs, strict=True)
+        ]
+        return [
+            (_measured(draft, network, task, teacher, settings, seed), network)
+            for draft, network in zip(drafts, networks, strict=True)
+        ]
+
+
+def _student(
+    policy: Policy, task: Task, teacher: Teacher, settings: TrainingSettings, seed: int
+) -> nn.Module:
+    """Return the teacher's network under a policy, calibrated."""
+    torch.manual_seed(seed)
+    network = task.make_network()
+    network.load_state_dict(teacher.network.state_dict())
+    calibration = task.calibration(settings.calibration_samples, seed=seed)
+    return apply_policy_(network, policy, calibration)
+
+
+def _draft(
+    policy: Policy, outcome: FitOutcome, cost: Mapping[str, float], *, wall_s: float, train_s: float
+) -> TrialResult:
+    """Return what is known after training."""
+    state: State = "complete"
+    reason = None
+    if outcome.was_stopped:
+        state, reason = "stopped", "stopped by the monitor"
+    if not outcome.is_finite:
+        state = "diverged"
+        reason = f"the training loss became {outcome.loss} in epoch {outcome.epochs}"
+    return TrialResult(
+        policy=policy,
+        state=state,
+        accuracy=None,
+        loss=None,
+        kl=None,
+        cost=dict(cost),
+        epochs=outcome.epochs,
+        wall_s=wall_s,
+        train_s=train_s,
+        reason=reason,
+    )
+
+
+def _measured(
+    draft: TrialResult,
+    network: nn.Module,
+    task: Task,
+    teacher: Teacher,
+    settings: TrainingSettings,
+    seed: int,
+) -> TrialResult:
+    """Fill in what the validation part and the quantizers say; nothing after a divergence."""
+    if draft.state == "diverged":
+        return draft
+    start = time.perf_counter()
+    measured = evaluate(network, task.validation, teacher)
+    evaluated = time.perf_counter()
+    health = measure_health(network, task.calibration(settings.calibration_samples, seed=seed))
+    return replace(
+        _judged(draft, measured, task),
+        health=asdict(health),
+        weights_fingerprint=fingerprint_of(weights_of(network)),
+        wall_s=draft.wall_s + time.perf_counter() - start,
+        train_s=draft.train_s + evaluated - start,
+    )
 
 
 def _judged(draft: TrialResult, measured: Evaluation, task: Task) -> TrialResult:

@@ -14,7 +14,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.study import StudyDirection
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from adq_search.errors import CostError, SpaceError, did_you_mean
@@ -25,9 +25,11 @@ from adq_search.guide import (
     bit_products,
     decisions_of,
     extra_decision,
+    forecast_end,
     learned_costs,
 )
 from adq_search.plugins.optuna_objective import Verdict
+from adq_search.plugins.optuna_pruner import scores_of
 from adq_search.sensitivity import SensitivityTable
 from adq_search.space import SearchSpace, params_of_group, precision_of
 
@@ -40,6 +42,7 @@ _GROWTH = 1.15
 #: The best of an objective that has no zero is taken to lie this share of the spread above it.
 _MARGIN = 0.02
 _TINY = 1e-12
+_WITH_PARAMETERS = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +121,35 @@ class Coder:
         return tuple(row)
 
 
+class CommonParameters:
+    """The parameters of every finished trial of a study, as `IntersectionSearchSpace` has them.
+
+    That one copies them all at each call, which takes longer than a proposal.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._n_settled = 0
+        self._found: dict[str, BaseDistribution] = {}
+
+    def of(self, study: Study) -> dict[str, BaseDistribution]:
+        """Return them by name, with the distribution they all have."""
+        trials = study.get_trials(deepcopy=False)
+        while self._n_settled < len(trials) and trials[self._n_settled].number in self._seen:
+            self._n_settled += 1
+        for trial in trials[self._n_settled :]:
+            if trial.number in self._seen or trial.state not in _WITH_PARAMETERS:
+                continue
+            theirs = trial.distributions
+            if self._seen:
+                kept = self._found.items()
+                self._found = {n: d for n, d in kept if theirs.get(n) == d}
+            else:
+                self._found = dict(theirs)
+            self._seen.add(trial.number)
+        return dict(self._found)
+
+
 @dataclass
 class History:
     """The trials of one study, as told to a guide.
@@ -136,6 +168,7 @@ class History:
     _guide: Guide | None = None
     _n_at_start: int = 0
     _has_kl: bool | None = None
+    _curves: list[tuple[dict[int, float], float]] = field(default_factory=list)
     _zero: float = 0.0
     _least: float = 0.0
 
@@ -144,6 +177,7 @@ class History:
         if self._guide is None or self._is_stale(directions, len(finished)):
             self._guide = self._start(directions, finished)
             self._told.clear()
+            self._curves.clear()
             self._n_at_start = len(finished)
         for trial in finished:
             if trial.number not in self._told:
@@ -244,16 +278,31 @@ class History:
         if trial.state == TrialState.COMPLETE:
             value = self._value(directions, trial)
             kl = _kl_of(trial)
-            if not self._has_kl:
-                loss = max(value - self._zero, self._least)
-                guide.tell(row, math.log(loss), value=value)
-            elif kl is not None:
-                guide.tell(row, math.log(kl), value=value)
-            else:
+            if self._has_kl and kl is None:
                 guide.tell_failure(row, diverged=False)
-        else:
+                return
+            loss = kl if self._has_kl and kl else max(value - self._zero, self._least)
+            guide.tell(row, math.log(loss), value=value)
+            self._curves.append((scores_of(trial), math.log(loss)))
+        elif not self._tell_forecast(guide, trial, row):
             result = trial.user_attrs.get("result") or {}
             guide.tell_failure(row, diverged=result.get("state") == "diverged")
+
+    def _tell_forecast(self, guide: Guide, trial: FrozenTrial, row: Row) -> bool:
+        """Tell what a trial stopped by a pruner would have come to; False where none can say."""
+        scores = scores_of(trial)
+        if trial.state != TrialState.PRUNED or not scores:
+            return False
+        epoch = max(scores)
+        forecast = forecast_end(
+            np.array([s[epoch] for s, _ in self._curves if epoch in s]),
+            np.array([end for s, end in self._curves if epoch in s]),
+            scores[epoch],
+        )
+        if forecast is None:
+            return False
+        guide.tell(row, forecast.end, noise=forecast.error)
+        return True
 
 
 def _is_repeat(trial: FrozenTrial) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,6 +11,17 @@ from adq_search.errors import StorageError
 
 #: How long a worker waits for a storage that does not answer.
 PATIENCE_S = 600.0
+#: What a full disk, a full quota and a network file system out of reach say.
+_OF_DISKS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.ENOLCK,
+}
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 10.0
 
@@ -51,3 +63,8 @@ def wait_out(
         time.sleep(pause)
         pause = min(2.0 * pause, _LONGEST_WAIT_S)
         call = again or call
+
+
+def disk_is_out(error: Exception) -> bool:
+    """Whether an error says that a file system is full or out of reach."""
+    return isinstance(error, OSError) and error.errno in _OF_DISKS

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
-import os
 import signal
-import socket
-import time
-import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,44 +13,57 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from adq_search.errors import StorageError
-from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
+from adq_search.errors import StorageError, TaskError
+from adq_search.hosting import HostOptions, HostOutcome
 from adq_search.plan import Plan
 from adq_search.plugins._interrupts import remembered
-from adq_search.plugins.optuna_journal import mend_journal, open_journal
+from adq_search.plugins.optuna_artifacts import fetch_session, publish
+from adq_search.plugins.optuna_journal import mend_journal
+from adq_search.plugins.optuna_lease import LeaseTerms, Sweeper, worker_name
 from adq_search.plugins.optuna_objective import (
     FINGERPRINT,
-    PolicyObjective,
     Verdict,
     check_study,
     directions,
     measuring,
-    result_of,
 )
 from adq_search.plugins.optuna_sampler import make_sampler
+from adq_search.plugins.optuna_status import hosted_trials, read_status
+from adq_search.plugins.optuna_storage import RESTART_S, open_storage, refuse_sqlite
+from adq_search.plugins.optuna_worker import (
+    FINISHED,
+    OpenStudy,
+    Worker,
+    collect,
+    n_measured,
+    open_study,
+    quiet,
+)
 from adq_search.progress import NoProgress, Progress
 from adq_search.session import Session, reopen
-
-_POLL_S = 0.5
-#: Draws in a row that measured nothing new, after which the space counts as exhausted.
-_MAX_IDLE_DRAWS = 300
+from adq_search.stacking import why_not_stackable
+from adq_search.status import StudyStatus
 
 
 class OptunaHost:
-    """Runs a session as an Optuna study."""
+    """Runs a session as an Optuna study.
+
+    Args:
+        terms: How soon the trial of a silent worker is given to others; a study keeps the terms
+            that it was made with.
+    """
+
+    def __init__(self, terms: LeaseTerms | None = None) -> None:
+        self._terms = terms or LeaseTerms()
 
     def check(self, plan: Plan, folder: Path, options: HostOptions) -> None:
         """Refuse a study that exists unasked, belongs to another job, or cannot be shared."""
-        if options.storage is not None and options.workers > 1 and "sqlite" in options.storage:
-            msg = (
-                f"SQLite locks its whole file, so {options.workers} workers would fail on it. Use "
-                "the journal file (leave --storage out), or a PostgreSQL or MySQL URL."
-            )
-            raise StorageError(msg)
+        _check_passes(plan)
+        if options.storage is not None and options.workers > 1:
+            refuse_sqlite(options.storage, who=f"{options.workers} workers")
         journal = _journal_file(folder)
         if options.storage is None and not journal.exists():
             if options.resume:
@@ -63,7 +73,8 @@ class OptunaHost:
         if options.storage is None:
             with _alone_in(folder):
                 mend_journal(journal)
-        storage = _open_storage(folder, options)
+        patience_s = RESTART_S if options.resume else 0.0
+        storage = open_storage(_storage_url(folder, options), patience_s=patience_s)
         names = optuna.study.get_all_study_names(storage)
         if options.study not in names:
             if options.resume:
@@ -73,7 +84,7 @@ class OptunaHost:
         study = optuna.load_study(study_name=options.study, storage=storage)
         check_study(study, plan)
         if not options.resume:
-            n = len(measuring(study.get_trials(deepcopy=False, states=_FINISHED)))
+            n = len(measuring(study.get_trials(deepcopy=False, states=FINISHED)))
             msg = (
                 f"Study '{options.study}' exists, with {n} measured trials. Give --resume to go "
                 "on, or choose another --study or --out."
@@ -82,49 +93,93 @@ class OptunaHost:
 
     def run(self, session: Session, options: HostOptions, progress: Progress) -> HostOutcome:
         """Measure policies until the job's number of trials is reached."""
-        with _quiet(), _alone_in(session.folder), remembered() as check_interrupt:
-            study = _open_study(session, options)
-            _requeue_abandoned(study)
-            _enqueue_seeds(study, session)
-            n_trials = session.plan.job.search.trials
+        with quiet(), _alone_in(session.folder), remembered() as check_interrupt:
+            opened = self._open_study(session, options)
+            Sweeper(opened.terms, has_heartbeats=opened.has_heartbeats).sweep(opened.study)
+            publish(opened.study, session, options.artifacts or str(session.folder / "artifacts"))
+            _enqueue_seeds(opened.study, session)
             helpers = _start_helpers(session, options)
             try:
-                while True:
-                    _work(session, options, index=0, progress=progress, after=check_interrupt)
-                    _wait_for(helpers, study, n_trials, progress)
-                    check_interrupt()
-                    _requeue_abandoned(study)
-                    if _n_measured(study) >= n_trials or _is_exhausted(study):
-                        return _outcome(study)
-                    time.sleep(_POLL_S)
+                _work(opened, session, options, index=0, progress=progress, after=check_interrupt)
+                for helper in helpers:
+                    helper.join(_LAST_WORDS_S)
             finally:
                 for helper in helpers:
                     helper.terminate()
                     helper.join()
+            collect(opened.study, session)
+            return _outcome(opened.study)
+
+    def work(self, storage: str, study: str, folder: Path, progress: Progress) -> int:
+        """Join a running study from any machine; return how many policies it has measured.
+
+        Args:
+            storage: Its URL.
+            study: Its name.
+            folder: Where this worker keeps what it fetches and trains.
+            progress: Told how many trials of the whole study are finished.
+
+        Raises:
+            StorageError: There is no such study, or this worker may not take part in it.
+        """
+        refuse_sqlite(storage, who="a second worker")
+        with quiet(), remembered() as check_interrupt:
+            opened = open_study(storage, study)
+            session = fetch_session(opened.study, folder)
+            opened.study.sampler = _sampler(
+                session,
+                zlib.crc32(worker_name().encode()),
+                n_before=len(opened.study.get_trials(deepcopy=False)),
+            )
+            Worker(opened, session, shares=True).work(progress, check_interrupt)
+            return n_measured(opened.study)
+
+    def status(self, storage: str, study: str) -> StudyStatus:
+        """Look at a study without touching it.
+
+        Raises:
+            StorageError: There is no such study, or it was not made by adq_search.
+        """
+        with quiet():
+            return read_status(storage, study)
+
+    def _open_study(self, session: Session, options: HostOptions) -> OpenStudy:
+        """Make or load the study; a new one gets its fingerprint and its terms."""
+        plan = session.plan
+        url = _storage_url(session.folder, options)
+        study = optuna.create_study(
+            study_name=options.study,
+            storage=open_storage(url),
+            directions=directions(plan),
+            load_if_exists=True,
+        )
+        if FINGERPRINT not in study.user_attrs:
+            study.set_user_attr(FINGERPRINT, plan.fingerprint)
+            study.set_metric_names([axis.name for axis in plan.job.search.axes])
+            self._terms.publish(study)
+        check_study(study, plan)
+        return open_study(url, options.study)
 
 
-_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+def _check_passes(plan: Plan) -> None:
+    """Refuse to train several networks a pass where they cannot be stacked."""
+    n = plan.job.training.networks_per_pass
+    reason = why_not_stackable(plan.task.make_network, plan.task.example()) if n > 1 else None
+    if reason is not None:
+        msg = (
+            f"{n} networks a pass are stacked along their channels, but the network of task "
+            f"'{plan.task.name}' cannot be: {reason}. Set networks_per_pass to 1."
+        )
+        raise TaskError(msg)
 
 
-def _open_study(session: Session, options: HostOptions) -> Study:
-    """Make or load the study; a new one gets its fingerprint and its seeds."""
-    plan = session.plan
-    study = optuna.create_study(
-        study_name=options.study,
-        storage=_open_storage(session.folder, options),
-        directions=directions(plan),
-        load_if_exists=True,
-    )
-    if FINGERPRINT not in study.user_attrs:
-        study.set_user_attr(FINGERPRINT, plan.fingerprint)
-        study.set_metric_names([axis.name for axis in plan.job.search.axes])
-    check_study(study, plan)
-    return study
+#: Seconds that helper processes get to end by themselves once the study is full.
+_LAST_WORDS_S = 10.0
 
 
 def _enqueue_seeds(study: Study, session: Session) -> None:
     """Queue the seeds that no live trial of the study stands for."""
-    states = (TrialState.WAITING, TrialState.RUNNING, *_FINISHED)
+    states = (TrialState.WAITING, TrialState.RUNNING, *FINISHED)
     trials = study.get_trials(deepcopy=False, states=states)
     present = {t.user_attrs.get("policy_hash") for t in trials}
     for seed in session.seeds:
@@ -136,17 +191,8 @@ def _enqueue(study: Study, parameters: dict[str, Any], policy_hash: str) -> None
     study.enqueue_trial(parameters, user_attrs={"policy_hash": policy_hash})
 
 
-def _open_storage(folder: Path, options: HostOptions) -> BaseStorage:
-    if options.storage is None:
-        return open_journal(_journal_file(folder))
-    try:
-        if "://" not in options.storage:
-            return open_journal(Path(options.storage))
-        return RDBStorage(options.storage)
-    except Exception as error:
-        detail = " ".join(str(error).split())[:300]
-        msg = f"The storage '{options.storage}' cannot be opened: {detail}. Check the URL."
-        raise StorageError(msg) from error
+def _storage_url(folder: Path, options: HostOptions) -> str:
+    return options.storage or str(_journal_file(folder))
 
 
 def _journal_file(folder: Path) -> Path:
@@ -160,6 +206,7 @@ def _sampler(session: Session, index: int, *, n_before: int) -> optuna.samplers.
 
 
 def _work(
+    opened: OpenStudy,
     session: Session,
     options: HostOptions,
     *,
@@ -167,42 +214,10 @@ def _work(
     progress: Progress,
     after: Callable[[], None],
 ) -> None:
-    """Run trials in this process until the study has as many as the job asks for.
-
-    `after` is called after each trial, and may raise to end the work.
-    """
-    n_trials = session.plan.job.search.trials
-    study = optuna.load_study(
-        study_name=options.study, storage=_open_storage(session.folder, options)
-    )
-    study.sampler = _sampler(session, index, n_before=len(study.get_trials(deepcopy=False)))
-    objective = PolicyObjective(session, n_trials=n_trials)
-
-    def stop_when_enough(study: Study, _: FrozenTrial) -> None:
-        _tell(study, n_trials, progress)
-        after()
-        if len(_claimed(study)) >= n_trials or _is_exhausted(study):
-            study.stop()
-
-    _tell(study, n_trials, progress)
-    if len(_claimed(study)) < n_trials:
-        study.optimize(objective, callbacks=[stop_when_enough])
-
-
-def _claimed(study: Study) -> list[FrozenTrial]:
-    """Return the trials that measured a policy or are measuring one now."""
-    states = (TrialState.RUNNING, *_FINISHED)
-    return measuring(study.get_trials(deepcopy=False, states=states))
-
-
-def _n_measured(study: Study) -> int:
-    return len(measuring(study.get_trials(deepcopy=False, states=_FINISHED)))
-
-
-def _is_exhausted(study: Study) -> bool:
-    """Whether the last many draws brought nothing new."""
-    last = study.get_trials(deepcopy=False, states=_FINISHED)[-_MAX_IDLE_DRAWS:]
-    return len(last) == _MAX_IDLE_DRAWS and not measuring(last)
+    """Run trials in this process until the study has as many as the job asks for."""
+    n_before = len(opened.study.get_trials(deepcopy=False))
+    opened.study.sampler = _sampler(session, index, n_before=n_before)
+    Worker(opened, session, shares=options.storage is not None).work(progress, after)
 
 
 def _start_helpers(
@@ -231,81 +246,22 @@ def _help(folder: Path, options: HostOptions, index: int, n_threads: int) -> Non
         if parent is not None and not parent.is_alive():
             raise SystemExit
 
-    with _quiet():
-        _work(reopen(folder), options, index=index, progress=NoProgress(), after=stop_when_orphaned)
-
-
-def _wait_for(
-    helpers: list[multiprocessing.process.BaseProcess],
-    study: Study,
-    n_trials: int,
-    progress: Progress,
-) -> None:
-    while any(helper.is_alive() for helper in helpers):
-        _tell(study, n_trials, progress)
-        time.sleep(_POLL_S)
-
-
-def _requeue_abandoned(study: Study) -> None:
-    """Fail trials whose process on this machine is gone, and queue their parameters again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_alive(trial.user_attrs.get("worker")):
-            continue
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        if trial.user_attrs.get("verdict") == Verdict.MEASURED:
-            _enqueue(study, trial.params, trial.user_attrs["policy_hash"])
-
-
-def _is_alive(worker: str | None) -> bool:
-    """Whether the process of a running trial may still be at work."""
-    if worker is None:
-        return False
-    host, _, process = worker.rpartition(":")
-    if host != socket.gethostname():
-        return True
-    if int(process) == os.getpid():
-        return False  # this process is between trials; the number was another's before
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    with quiet():
+        opened = open_study(_storage_url(folder, options), options.study)
+        session = reopen(folder)
+        heard = NoProgress()
+        _work(opened, session, options, index=index, progress=heard, after=stop_when_orphaned)
 
 
 def _outcome(study: Study) -> HostOutcome:
-    trials = study.get_trials(deepcopy=False, states=_FINISHED)
-    hosted = []
-    for trial in measuring(trials):
-        result = result_of(trial)
-        if result is None:
-            msg = (
-                f"Trial {trial.number} of study '{study.study_name}' has lost its result. The "
-                "storage is damaged; restore it from a copy."
-            )
-            raise StorageError(msg)
-        started = trial.datetime_start
-        hosted.append(
-            HostedTrial(
-                number=trial.number,
-                parameters=dict(trial.params),
-                result=result,
-                origin=trial.user_attrs.get("origin", "sampler"),
-                worker=trial.user_attrs.get("worker", ""),
-                started_at="" if started is None else started.isoformat(timespec="seconds"),
-            )
-        )
+    trials = study.get_trials(deepcopy=False, states=FINISHED)
+    hosted = hosted_trials(study)
     verdicts = [t.user_attrs.get("verdict") for t in trials]
     return HostOutcome(
         trials=tuple(hosted),
         n_rejected=verdicts.count(Verdict.OVER_BUDGET),
         n_repeated=verdicts.count(Verdict.REPEATED),
     )
-
-
-def _tell(study: Study, n_trials: int, progress: Progress) -> None:
-    progress.update("trials", min(_n_measured(study), n_trials), n_trials)
 
 
 @contextmanager
@@ -319,16 +275,3 @@ def _alone_in(folder: Path) -> Iterator[None]:
             msg = f"Another run is at work in {folder}. Wait for it, or choose another --out."
             raise StorageError(msg) from error
         yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Optuna's line per trial and its notes on experimental features; ours are shown."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            yield
-        finally:
-            optuna.logging.set_verbosity(verbosity)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator
@@ -14,22 +13,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from adq_search.plugins._interrupts import uninterrupted
-from adq_search.plugins._outages import wait_out
+from adq_search.plugins._outages import disk_is_out, wait_out
 
 #: A writer killed while it held the journal's lock keeps others out this long; appending takes
 #: milliseconds.
 _LOCK_GRACE_S = 10
-#: What a full disk, a full quota and a network file system out of reach say.
-_OUTAGES = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.ENOLCK,
-}
 _CHUNK = 65_536
 
 
@@ -65,7 +53,7 @@ class _WholeAppends(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        wait_out(lambda: self._append(text.encode()), _is_outage)
+        wait_out(lambda: self._append(text.encode()), disk_is_out)
 
     def _append(self, lines: bytes) -> None:
         with uninterrupted(), self._locked(), self._file.open("r+b", buffering=0) as journal:
@@ -108,7 +96,3 @@ def _cut_half_line(journal: Any) -> int:
         journal.truncate(end)
     journal.seek(end)
     return int(end)
-
-
-def _is_outage(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in _OUTAGES

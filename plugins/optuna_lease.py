@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -109,17 +109,17 @@ class Sweeper:
         self._has_heartbeats = has_heartbeats
         self._seen: dict[int, tuple[Any, float]] = {}
 
-    def sweep(self, study: Study, *, mine: int | None = None) -> None:
+    def sweep(self, study: Study, *, mine: Collection[int] = ()) -> None:
         """Look at every running trial once.
 
         Args:
             study: The study.
-            mine: Number of the trial that this process is running.
+            mine: Numbers of the trials that this process is running.
         """
         if self._has_heartbeats:
             optuna.storages.fail_stale_trials(study)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.number != mine and self._is_over(trial):
+            if trial.number not in mine and self._is_over(trial):
                 give_up(study, trial)
 
     def _is_over(self, trial: FrozenTrial) -> bool:
@@ -160,11 +160,12 @@ def is_alive(trial: FrozenTrial, terms: LeaseTerms) -> bool:
     worker = trial.user_attrs.get(WORKER)
     if worker is None or (is_gone(worker) and worker != worker_name()):
         return False
-    return time.time() - trial.user_attrs.get(LEASE, math.inf) < terms.grace_s
+    renewed = float(trial.user_attrs.get(LEASE, math.inf))
+    return time.time() - renewed < terms.grace_s
 
 
 def give_up(study: Study, trial: FrozenTrial) -> None:
-    """Fail a running trial whose worker is gone, and queue its policy again."""
+    """Fail a trial that nobody finishes, unless it is finished, and queue its policy again."""
     try:
         study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
     except UpdateFinishedTrialError:
@@ -183,6 +184,6 @@ def requeue(study: Study, trial: FrozenTrial) -> None:
     is_missed = attributes.get("verdict") in (None, "measured") and "policy_hash" in attributes
     if not is_missed or retries > MAX_RETRIES:
         return
-    parameters = trial.params or trial.system_attrs.get("fixed_params", {})
+    parameters = trial.system_attrs.get("fixed_params") or trial.params
     carried = {key: attributes[key] for key in _CARRIED if key in attributes}
     study.enqueue_trial(parameters, user_attrs={**carried, "retries": retries})

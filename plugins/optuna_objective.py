@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from adq_search.errors import StorageError
 from adq_search.plan import Plan, check_fingerprint
+from adq_search.policy import Policy
 from adq_search.session import Session
 from adq_search.space import Parameter
 from adq_search.trial import TrialResult
@@ -76,19 +77,42 @@ class PolicyObjective:
         session: A prepared session.
         n_trials: Distinct policies to measure in the whole study; draws past it are pruned
             untrained. None sets no limit.
+        on_measured: Called with a trial and its result before the result is written into it.
+        while_waiting: Called again and again while trials drawn earlier have no verdict yet; ends
+            those of workers that are gone. None waits ten seconds for them and goes on.
 
     Example:
         >>> # study = optuna.create_study(directions=["maximize", "minimize"])
         >>> # study.optimize(PolicyObjective(session), n_trials=20)
     """
 
-    def __init__(self, session: Session, *, n_trials: int | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        n_trials: int | None = None,
+        on_measured: Callable[[Trial, TrialResult], None] | None = None,
+        while_waiting: Callable[[Trial], None] | None = None,
+    ) -> None:
         self.session = session
         self.distributions = {p.name: distribution(p) for p in session.plan.space.parameters}
         self._n_trials = n_trials
+        self._on_measured = on_measured
+        self._while_waiting = while_waiting
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
         """Return the objective values, or raise `optuna.TrialPruned`."""
+        found = self.settle(trial)
+        if not isinstance(found, Policy):
+            return found
+        return self.finish(trial, self.session.measure(found))
+
+    def settle(self, trial: Trial) -> Policy | tuple[float, ...]:
+        """Draw; return the policy that has to be measured, or the values where they are known.
+
+        Raises:
+            optuna.TrialPruned: The draw is not to be measured.
+        """
         plan = self.session.plan
         policy = plan.space.policy_of(self._draw(trial))
         totals = plan.totals(policy)
@@ -111,12 +135,27 @@ class PolicyObjective:
             msg = "the requested number of trials is reached"
             raise optuna.TrialPruned(msg)
         self._settle(trial, Verdict.MEASURED)
-        result = self.session.measure(policy)
         trial.set_user_attr("origin", self.session.origin_of(policy))
+        carried = trial.user_attrs.get("result")
+        if carried is not None:  # queued again: its worker died after it had measured
+            return self._values(TrialResult.from_json(carried))
+        return policy
+
+    def finish(self, trial: Trial, result: TrialResult) -> tuple[float, ...]:
+        """Keep what the policy of a trial was measured to be; return the objective values.
+
+        Raises:
+            optuna.TrialPruned: The trial did not complete.
+        """
+        if self._on_measured is not None:
+            self._on_measured(trial, result)
         trial.set_user_attr("result", result.to_json())
+        return self._values(result)
+
+    def _values(self, result: TrialResult) -> tuple[float, ...]:
         if result.state != "complete":
             raise optuna.TrialPruned(result.reason or result.state)
-        return plan.values(result)
+        return self.session.plan.values(result)
 
     def _draw(self, trial: Trial) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
@@ -143,7 +182,8 @@ class PolicyObjective:
         """Return the earlier trials that measure a policy, once all earlier draws have a verdict.
 
         The order of trial numbers decides who measures a policy that two workers drew at once, and
-        which draw is one too many: every worker sees the same order.
+        which draw is one too many: every worker sees the same order. A policy in the queue counts
+        as measured, since whoever takes it sees no later trial.
         """
         deadline = time.monotonic() + _PATIENCE_S
         while True:
@@ -153,8 +193,10 @@ class PolicyObjective:
                 for t in earlier
                 if t.state == TrialState.RUNNING and "verdict" not in t.user_attrs
             ]
-            if not undecided or time.monotonic() > deadline:
-                return measuring(earlier)
+            if not undecided or (self._while_waiting is None and time.monotonic() > deadline):
+                return [t for t in earlier if _is_claim(t)]
+            if self._while_waiting is not None:
+                self._while_waiting(trial)
             time.sleep(_POLL_S)
 
 
@@ -169,6 +211,12 @@ def result_of(trial: FrozenTrial) -> TrialResult | None:
     return None if stored is None else TrialResult.from_json(stored)
 
 
+def _is_claim(trial: FrozenTrial) -> bool:
+    if trial.state == TrialState.WAITING:
+        return "policy_hash" in trial.user_attrs
+    return trial.user_attrs.get("verdict") == Verdict.MEASURED
+
+
 def _live_trials(study: Study) -> list[FrozenTrial]:
-    states = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+    states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
     return study.get_trials(deepcopy=False, states=states)

@@ -21,13 +21,12 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
-from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from adq_search.guide import Rows, additive_costs
 from adq_search.hardware import cost_table
-from adq_search.plugins._optuna_history import Coder, History, Reading
+from adq_search.plugins._optuna_history import Coder, CommonParameters, History, Reading
 from adq_search.plugins.optuna_objective import distribution
 from adq_search.sensitivity import SensitivityTable
 from adq_search.session import Session
@@ -43,9 +42,11 @@ class PolicySampler(BaseSampler):
     within `result`, else from the first objective that is no known cost. Parameters that are not
     of the space but of every finished trial, such as a learning rate, are learned along as
     factors of the loss; what cannot be (conditional or changing ones) goes to the fallback, and a
-    study without the space's parameters goes there whole. Nothing is kept outside the study: any
-    process that opens it samples from all its trials, and a trial's proposal depends on the seed,
-    its number, and the trials before it.
+    study without the space's parameters goes there whole.
+
+    Nothing is kept outside the study: any process that opens it learns from all its trials. Draws
+    follow the seed and the number of the trial. One process in sequence repeats itself exactly; one
+    that resumes differs in when the model's spreads were last fitted.
 
     Args:
         space: Which policies exist. The objective suggests its `parameters`, as `PolicyObjective`
@@ -103,7 +104,7 @@ class PolicySampler(BaseSampler):
         """Return the space's parameters and those of every finished trial."""
         with self._lock:
             self._turn_to(study)
-            common = self._intersection.calculate(study)
+            common = self._common.of(study)
         if common and not self._ours.keys() <= common.keys():
             return self._fallback.infer_relative_search_space(study, trial)
         return common | self._ours
@@ -162,7 +163,7 @@ class PolicySampler(BaseSampler):
         self._lock = threading.RLock()
         self._study: str | None = None
         self._history: History | None = None
-        self._intersection = IntersectionSearchSpace(include_pruned=True)
+        self._common = CommonParameters()
 
     def _turn_to(self, study: Study) -> None:
         """Start afresh where the study is another one than before."""
@@ -171,7 +172,7 @@ class PolicySampler(BaseSampler):
 
     def _forget_study(self, name: str) -> None:
         self._study, self._history = name, None
-        self._intersection = IntersectionSearchSpace(include_pruned=True)
+        self._common = CommonParameters()
 
     def _history_with(self, study: Study, extras: dict[str, BaseDistribution]) -> History:
         """Return the study's history as seen with these further parameters."""
@@ -204,5 +205,6 @@ def make_sampler(session: Session, *, seed: int) -> BaseSampler:
         )
     if settings.sampler == "tpe":
         return TPESampler(multivariate=True, seed=seed)
-    plain = {"nsga2": NSGAIISampler, "gp": GPSampler, "random": RandomSampler}
-    return plain[settings.sampler](seed=seed)
+    if settings.sampler == "nsga2":
+        return NSGAIISampler(seed=seed)
+    return GPSampler(seed=seed) if settings.sampler == "gp" else RandomSampler(seed=seed)

@@ -13,7 +13,12 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+)
 
 from adq_search.errors import MissingExtraError, StorageError
 from adq_search.plugins._outages import wait_out
@@ -25,6 +30,8 @@ try:
 except ImportError:  # the extra `grpc`
     grpc = None
 
+#: How long who joins or resumes a study waits for a database that is being restarted.
+RESTART_S = 60.0
 _GRPC = "grpc://"
 _DEFAULT_GRPC_PORT = 13000
 #: How a proxy's answer says that its own database failed it.
@@ -45,6 +52,8 @@ def open_storage(
     url: str,
     terms: LeaseTerms | None = None,
     on_stale: Callable[[Study, FrozenTrial], None] | None = None,
+    *,
+    patience_s: float = 0.0,
 ) -> BaseStorage:
     """Open a storage that waits out outages.
 
@@ -52,6 +61,7 @@ def open_storage(
         url: Of a database; `grpc://host:port` of Optuna's proxy; or the path of a journal file.
         terms: Of the heartbeats in a database; None writes and judges none.
         on_stale: Told of each trial that was failed because its heartbeats ended.
+        patience_s: Seconds to wait for a database that cannot be reached at once.
 
     Raises:
         StorageError: The storage cannot be opened.
@@ -64,12 +74,16 @@ def open_storage(
             return open_journal(Path(url))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return _PatientDatabase(
-                url,
-                engine_kwargs={} if is_sqlite(url) else {"pool_pre_ping": True},
-                heartbeat_interval=None if terms is None else round(terms.interval_s),
-                grace_period=None if terms is None else round(terms.grace_s),
-                heartbeat_stale_trial_callback=on_stale,
+            return wait_out(
+                lambda: _PatientDatabase(
+                    url,
+                    engine_kwargs={} if is_sqlite(url) else {"pool_pre_ping": True},
+                    heartbeat_interval=None if terms is None else round(terms.interval_s),
+                    grace_period=None if terms is None else round(terms.grace_s),
+                    heartbeat_stale_trial_callback=on_stale,
+                ),
+                lambda error: patience_s > 0.0 and _database_is_out(error),
+                patience_s=patience_s,
             )
     except MissingExtraError:
         raise
@@ -110,8 +124,8 @@ def _open_proxy(url: str) -> GrpcStorageProxy:
 
 def _database_is_out(error: Exception) -> bool:
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    if isinstance(cause, OperationalError | InterfaceError):
-        return True
+    if isinstance(cause, OperationalError | InterfaceError | PendingRollbackError):
+        return True  # the last: Optuna asked again within a transaction whose connection was lost
     return isinstance(cause, DBAPIError) and cause.connection_invalidated
 
 

@@ -14,6 +14,7 @@ from adq_search.errors import MissingExtraError, StorageError
 from adq_search.files import read_json, write_json
 from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
 from adq_search.plan import Plan, check_fingerprint
+from adq_search.plugins.optuna_sampler import make_sampler
 from adq_search.progress import Progress
 from adq_search.provenance import now
 from adq_search.session import Session, reopen
@@ -65,7 +66,7 @@ class RayHost:
                 session.plan,
                 session.seeds,
                 [trial.result for trial in known],
-                seed=session.plan.job.search.seed + len(known),
+                sampler=make_sampler(session, seed=session.plan.job.search.seed + len(known)),
             )
         was_running = ray.is_initialized()
         if not was_running:

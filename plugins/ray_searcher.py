@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 from ray.tune.search import Searcher
 
@@ -22,7 +23,7 @@ _MAX_DRAWS = 200
 
 
 class PolicySearcher(Searcher):
-    """A Ray Tune searcher over a plan's space, by Optuna's multivariate TPE.
+    """A Ray Tune searcher over a plan's space, by a sampler of Optuna's kind.
 
     A draw that is over budget, or that was proposed before, never becomes a Ray trial. Diverged
     trials are told to the sampler as pruned, so they are not on any front.
@@ -31,11 +32,16 @@ class PolicySearcher(Searcher):
         plan: The job, resolved.
         seeds: Policies proposed first, in order.
         known: Results measured earlier, which the sampler learns from and never repeats.
-        seed: Of the sampler.
+        sampler: Proposes after the seeds.
     """
 
     def __init__(
-        self, plan: Plan, seeds: Iterable[Seed], known: Iterable[TrialResult], *, seed: int
+        self,
+        plan: Plan,
+        seeds: Iterable[Seed],
+        known: Iterable[TrialResult],
+        *,
+        sampler: BaseSampler,
     ) -> None:
         axes = plan.job.search.axes
         super().__init__(
@@ -47,10 +53,7 @@ class PolicySearcher(Searcher):
         self._space: dict[str, BaseDistribution] = {
             p.name: distribution(p) for p in plan.space.parameters
         }
-        self._study = optuna.create_study(
-            directions=directions(plan),
-            sampler=optuna.samplers.TPESampler(multivariate=True, seed=seed),
-        )
+        self._study = optuna.create_study(directions=directions(plan), sampler=sampler)
         self._open: dict[str, Trial] = {}
         self._proposed: set[str] = set()
         self.n_rejected = 0
@@ -93,6 +96,7 @@ class PolicySearcher(Searcher):
         elif result is None or result.get("state") != "complete":
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
+            trial.set_user_attr("kl", result["kl"])
             self._study.tell(trial, [result[name] for name in self._objectives])
 
     def save(self, checkpoint_path: str) -> None:
@@ -119,5 +123,6 @@ class PolicySearcher(Searcher):
                     params=self._plan.space.params_of(result.policy),
                     distributions=self._space,
                     values=list(self._plan.values(result)),
+                    user_attrs={"kl": result.kl},
                 )
             )

@@ -310,15 +310,14 @@ def test_ray_runs_the_same_job_through_the_same_code(tmp_path):
 
 def test_ctrl_c_during_an_append_waits_for_the_line(tmp_path, monkeypatch):
     """The interrupt comes after the line is whole and the lock is free."""
-    backend = optuna.storages.journal.JournalFileBackend
-    write = backend.append_logs
+    synchronise = os.fsync
 
-    def interrupted(self, logs):
+    def interrupted(file):
         os.kill(os.getpid(), signal.SIGINT)
-        write(self, logs)
+        synchronise(file)
 
     storage = open_journal(tmp_path / "study.journal")
-    monkeypatch.setattr(backend, "append_logs", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optuna.create_study(study_name="tiny", storage=storage)
     monkeypatch.undo()

@@ -21,9 +21,8 @@ from adq_search.quantizers import (
     PostWeight,
     PotWeight,
     RootWeight,
-    _compile,
 )
-from adq_search.quantizers._compile import Kernel
+from adq_search.quantizers._compile import Kernel, pays
 from adq_search.quantizers._intervals import interval_entry, interval_sums, padded, rank
 
 needs_compiler = pytest.mark.skipif(
@@ -162,14 +161,29 @@ def test_sums_do_not_depend_on_the_shape_that_came_first(monkeypatch):
     assert torch.equal(gradients_after(2, 5), gradients_after(64, 4000))
 
 
-def test_small_tensors_start_no_compiler(monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "n_values", "trains", "expected"),
+    [
+        ("auto", 2**17 - 1, True, False),
+        ("auto", 2**17, True, True),
+        ("auto", 2**20 - 1, False, False),
+        ("auto", 2**20, False, True),
+        ("off", 2**30, True, False),
+        ("on", 1, False, True),
+    ],
+)
+def test_compiling_pays_by_size(mode, n_values, trains, expected, monkeypatch):
+    monkeypatch.setenv("ADQ_SEARCH_COMPILE", mode)
+    assert pays(n_values, trains=trains) == expected
+
+
+def test_the_default_job_starts_no_compiler(monkeypatch):
     monkeypatch.setenv("ADQ_SEARCH_COMPILE", "auto")
     before = compiled_graphs()
-    kernel = Kernel(lambda rows: rows + 1)
-    kernel(torch.zeros(2, _compile.COMPILE_FROM // 2 - 1))
-    assert compiled_graphs() == before
-    monkeypatch.setenv("ADQ_SEARCH_COMPILE", "off")
-    kernel(torch.zeros(2, _compile.COMPILE_FROM))
+    for scheme in ("asq_post", "adq"):
+        momentum = 0.9 if scheme == "adq" else None
+        precision = LayerPrecision(4, 4, scheme, ema_momentum=momentum)
+        step(Policy.uniform(("0", "2", "6"), precision), torch.randn(64, 3, 8, 8))
     assert compiled_graphs() == before
 
 
@@ -180,7 +194,6 @@ def cannot_be_compiled(rows):
 
 def test_where_compiling_fails_the_plain_function_runs_and_says_so_once(monkeypatch, recwarn):
     monkeypatch.setenv("ADQ_SEARCH_COMPILE", "auto")
-    monkeypatch.setattr(_compile, "COMPILE_FROM", 0)
     kernel = Kernel(cannot_be_compiled)
     with pytest.warns(
         AdqSearchWarning, match="in `cannot_be_compiled`. Install a C\\+\\+ compiler"
@@ -200,7 +213,7 @@ def test_asked_for_compiling_that_fails_is_an_error(monkeypatch):
 def test_unknown_mode_is_named(monkeypatch):
     monkeypatch.setenv("ADQ_SEARCH_COMPILE", "yes")
     with pytest.raises(QuantizerError, match="one of auto, on, off, not 'yes'"):
-        Kernel(lambda rows: rows)(torch.zeros(2, 3))
+        pays(1, trains=True)
 
 
 def slow_intervals(values, weights, knots, entries):
@@ -219,8 +232,7 @@ def slow_intervals(values, weights, knots, entries):
 
 @pytest.mark.parametrize("mode", ["off", pytest.param("on", marks=needs_compiler)])
 @pytest.mark.parametrize("n_knots", [3, 16, 255])
-def test_intervals_agree_with_loops(mode, n_knots, monkeypatch):
-    monkeypatch.setenv("ADQ_SEARCH_COMPILE", mode)
+def test_intervals_agree_with_loops(mode, n_knots):
     generator = torch.Generator().manual_seed(n_knots)
     knots = torch.rand(n_knots, generator=generator, dtype=torch.float64).cumsum(0) / n_knots
     values = torch.randn(8, 60, generator=generator, dtype=torch.float64)
@@ -229,10 +241,11 @@ def test_intervals_agree_with_loops(mode, n_knots, monkeypatch):
     entries = torch.randn(n_knots, generator=generator, dtype=torch.float64)
     expected = slow_intervals(*(t.flatten().tolist() for t in (values, weights, knots, entries)))
     tables = padded(knots), padded(entries, 0.0)
+    compiled = mode == "on"
     found = (
-        INTERVALS["rank"](values, tables[0]),
-        INTERVALS["entry"](values, *tables),
-        *INTERVALS["sums"](values, weights, tables[0]),
+        INTERVALS["rank"](values, tables[0], compiled=compiled),
+        INTERVALS["entry"](values, *tables, compiled=compiled),
+        *INTERVALS["sums"](values, weights, tables[0], compiled=compiled),
     )
     n_inner = n_knots - 1
     for got, wanted, n in zip(found, expected, (480, 480, n_knots, n_inner)):
@@ -245,6 +258,32 @@ INTERVALS = {
     "entry": Kernel(interval_entry),
     "sums": Kernel(interval_sums),
 }
+
+
+@pytest.mark.parametrize("scheme", ["lsq", "asq", "lsq+n2uq"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_quantized_inputs_are_made_again_and_not_kept(scheme, layout):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    batch = torch.randn(6, 3, 9, 9).to(memory_format=layout)
+    names = ("0", "2")
+    apply_policy_(network, Policy.uniform(names, LayerPrecision(4, 4, scheme)), batch)
+    inputs = network[1](network[0](batch)).detach().requires_grad_()
+    layer = network[2]
+
+    out = layer(inputs)
+    kept = out.grad_fn._saved_input, out.grad_fn._saved_input
+    values = layer.input_quantizer(inputs)
+    assert torch.equal(kept[0], values)
+    assert kept[0].stride() == values.stride()
+    assert kept[0].data_ptr() != kept[1].data_ptr()  # made anew each time it is asked for
+
+    wanted = [inputs, *layer.parameters()]
+    upstream = torch.randn(out.shape)
+    found = torch.autograd.grad(out, wanted, upstream)
+    plain = nn.functional.conv2d(values, layer.weight_quantizer(layer.weight), layer.bias)
+    for got, expected in zip(found, torch.autograd.grad(plain, wanted, upstream), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.gpu

@@ -63,7 +63,8 @@ def test_what_follows_a_third_alone_has_no_partial_correlation():
 def test_undefined_correlations_are_none_not_a_number():
     assert math.isnan(partial_rank_correlation([1, 2, 3, 4], [1, 2, 3, 4], [1, 1, 2, 2]))
     assert math.isnan(partial_rank_correlation([1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 3, 4, 5]))
-    assert partial_rank_correlation([1, 2, 3, 4, 5], [5, 4, 3, 2, 1], [0] * 5) == pytest.approx(-1.0)
+    plain = partial_rank_correlation([1, 2, 3, 4, 5], [5, 4, 3, 2, 1], [0] * 5)
+    assert plain == pytest.approx(-1.0)
     few = prior_quality(SPACE, TABLE, [(p, 0.1) for p in policies(2)])
     assert few.rank_correlation is None
     assert few.by_group == {"pair": None, "2": None}

@@ -229,7 +229,8 @@ def test_the_knee_lies_farthest_below_the_chord():
 
 
 def test_report_round_trip(records):
-    report = report_of(records, prior={"estimator": "fisher", "n_measured": 4, "rank_correlation": 0.5}, n_repeated=1)
+    prior = {"estimator": "fisher", "n_measured": 4, "rank_correlation": 0.5}
+    report = report_of(records, prior=prior, n_repeated=1)
     content = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert FrontReport.from_json(content) == report
     assert content["schema"] == "adq_search.front/1"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adq_search.convert import apply_policy_
+from adq_search.errors import SensitivityError
 from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.quantizers import make_quantizers
 from adq_search.sensitivity import (
@@ -239,3 +240,39 @@ def test_both_together_fall_with_either_number_of_bits() -> None:
         for (other, same, more, richer), lower in table.both.items():
             if (layer, scheme) == (other, same) and more >= weight_bits and richer >= input_bits:
                 assert lower <= score
+
+
+def test_kl_names_the_group_and_the_choice_that_breaks_the_network() -> None:
+    class Divider(nn.Module):
+        """Breaks as soon as its layer's small weight is rounded to zero."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2, bias=False)
+            with torch.no_grad():
+                self.layer.weight.copy_(torch.tensor([[1.0, 0.01], [1.0, 1.0]]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) / self.layer.weight[0, 1].clamp(max=0.0).add(
+                (self.layer.weight[0, 1] > 0).to(x)
+            )
+
+    network = Divider()
+    inputs = torch.rand(8, 2) + 0.1
+    rule = {"weight_bits": [2, 8], "input_bits": [8], "schemes": ["lsq"]}
+    space = SearchSpace.from_spec({"default": rule, "pinned": {}}, trace(network, inputs[:1]))
+    with pytest.raises(SensitivityError, match=r"With layer quantized \(lsq at 2 bits\)"):
+        sensitivity_table("kl", network, inputs, torch.zeros(8, dtype=torch.int64), space)
+
+
+def test_a_training_of_steps_that_diverges_names_the_layer(trained) -> None:
+    network, inputs, targets, space, _ = trained
+    with pytest.raises(SensitivityError, match=r"those of 0 are not.*`learning_rate`, now 1e\+10"):
+        sensitivity_table(LsqStepsEstimator(learning_rate=1e10), network, inputs, targets, space)
+
+
+def test_one_example_has_no_standard_error() -> None:
+    network, inputs, targets = _network()
+    table = sensitivity_table("fisher", network, inputs[:1], targets[:1], _space(network, inputs))
+    assert all(math.isnan(error) for error in table.weight_errors.values())
+    assert {row["standard_error"] for row in table.to_json()["weights"]} == {None}

@@ -17,7 +17,7 @@ ROWS = [
     {"layers", "hardware"},
     {"convert", "space_file", "space_rules", "space"},
     {"sensitivity", "tasks", "knapsack", "integer"},
-    {"prior", "distill", "guide", "simulator"},
+    {"prior", "distill", "guide", "simulator", "stacking"},
     {"training", "prior_quality"},
     {"trial", "teacher", "store"},
     {"job", "report", "export"},
@@ -25,6 +25,7 @@ ROWS = [
     {"session"},
     {"hosting"},
     {"results"},
+    {"status"},
     {"cli", "plugins", "search_spaces", "testing"},
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

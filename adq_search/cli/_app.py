@@ -9,7 +9,7 @@ from typing import TextIO
 import typer
 from rich.console import Console
 
-from adq_search.cli import _cost, _export, _reuse, _run, _sensitivity, _verify
+from adq_search.cli import _cost, _export, _reuse, _run, _sensitivity, _status, _verify, _worker
 from adq_search.errors import AdqSearchError, AdqSearchWarning
 
 #: Exit code that Typer gives to Ctrl-C, as shells do.
@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run")(_run.run)
+app.command("worker")(_worker.worker)
+app.command("status")(_status.status)
 app.command("report")(_run.report)
 app.command("cost")(_cost.cost)
 app.command("sensitivity")(_sensitivity.sensitivity)

@@ -42,6 +42,9 @@ def run(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL [a journal file in the folder].")
     ] = None,
+    artifacts: Annotated[
+        str | None, typer.Option(help="Weights for workers elsewhere: a folder, s3://BUCKET.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train at once.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a study.")] = False,
     threads: Annotated[
@@ -53,7 +56,7 @@ def run(
     console = Console()
     job, name = find_job(space)
     job = _changed(job, trials, epochs, objective, budget, seed)
-    options = HostOptions(study=study or name, storage=storage, workers=workers, resume=resume)
+    options = HostOptions(study or name, storage, workers, resume, artifacts)
     folder = out or Path("results") / options.study
     runner = find_host(host)
     planned = plan(job)

@@ -1,6 +1,7 @@
 """The guide: finished policies in, the next policy out. It knows of no host."""
 
 from adq_search.guide._costs import learned_costs
+from adq_search.guide._curves import Forecast, forecast_end
 from adq_search.guide._decisions import (
     Decision,
     Rows,
@@ -15,6 +16,7 @@ from adq_search.guide._model import Belief, LossModel
 __all__ = [
     "Belief",
     "Decision",
+    "Forecast",
     "Guide",
     "LossModel",
     "Rows",
@@ -22,5 +24,6 @@ __all__ = [
     "bit_products",
     "decisions_of",
     "extra_decision",
+    "forecast_end",
     "learned_costs",
 ]

@@ -12,6 +12,7 @@ running count as tried, so that any number of them spread over the front [Bradfo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -70,6 +71,7 @@ class Guide:
         self._noise: list[float] = []
         self._failures: list[Choice] = []
         self._n_learned = self._n_at_fit = 0
+        self._known = np.zeros((0, len(self.decisions)), dtype=np.int64)
 
     @property
     def n_told(self) -> int:
@@ -94,7 +96,8 @@ class Guide:
         Args:
             choices: What it chose.
             log_loss: Natural logarithm of its KL to the teacher, or of another positive loss.
-            value: The objective that its hypervolume is measured in, minimised; None for the loss.
+            value: The objective that hypervolume is measured in, minimised; None where the trial
+                did not measure it. Without any value it is the loss.
             noise: Standard deviation of `log_loss` beyond that of every trial, as of one that was
                 stopped early and extrapolated.
         """
@@ -102,7 +105,7 @@ class Guide:
         self._tried[row] = None
         self._choices.append(row)
         self._log_losses.append(float(log_loss))
-        self._values.append(math.exp(log_loss) if value is None else float(value))
+        self._values.append(math.nan if value is None else float(value))
         self._noise.append(float(noise))
 
     def tell_failure(self, choices: Sequence[int], *, diverged: bool = True) -> None:
@@ -131,7 +134,7 @@ class Guide:
         belief = Belief(self._monotone(belief.losses), belief.factors, belief.level)
         price = self._prices(rng)
         candidates = self._within_budgets(belief, self._swept(belief, price, rng))
-        known = np.array([*self._tried, *running], dtype=np.int64).reshape(-1, len(self.decisions))
+        known = np.concatenate([self._known_rows(), self._rows(running)])
         taken = {*self._tried, *running}
         if is_early and self._n_objectives:
             best = self._spread(price, candidates, known)
@@ -152,20 +155,29 @@ class Guide:
         n = len(self._choices)
         if n == self._n_learned or n == 0:
             return
-        choices, y, noise = self._evidence()
         if n >= max(_REFIT_GROWTH * self._n_at_fit, self._n_at_fit + 1):
-            self._model.fit(choices, y, noise)
+            self._model.fit(*self._evidence())
             self._n_at_fit = n
         else:
             new = slice(self._n_learned, n)
-            self._model.update(choices[new], y[new], noise[new])
+            y, noise = np.array(self._log_losses[new]), np.array(self._noise[new])
+            self._model.update(self._rows(self._choices[new]), y, noise)
         self._n_learned = n
+
+    def _known_rows(self) -> Indices:
+        """Return every policy that was tried, # shape: (policies, decisions)."""
+        new = itertools.islice(self._tried, len(self._known), None)
+        self._known = np.concatenate([self._known, self._rows(list(new))])
+        return self._known
+
+    def _rows(self, choices: Sequence[Choice]) -> Indices:
+        return np.array(choices, dtype=np.int64).reshape(len(choices), len(self.decisions))
 
     def _evidence(self) -> tuple[Indices, Floats, Floats]:
         """Return the finished trials, and the diverged ones after them as very bad."""
         worst = max(self._log_losses) + _FAILURE_EXCESS
         n_failed = len(self._failures)
-        choices = np.array([*self._choices, *self._failures], dtype=np.int64)
+        choices = self._rows([*self._choices, *self._failures])
         y = np.array([*self._log_losses, *[worst] * n_failed])
         noise = np.array([*self._noise, *[_FAILURE_EXCESS] * n_failed])
         return choices, y, noise
@@ -255,6 +267,7 @@ class Guide:
     def _value_of_log_loss(self) -> Callable[[Floats], Floats]:
         """Return the map from log loss to the objective: monotone, as the finished trials show."""
         y, v = np.array(self._log_losses), np.array(self._values)
+        y, v = y[~np.isnan(v)], v[~np.isnan(v)]
         if len(y) < 2:
             return lambda log_loss: np.exp(log_loss)
         order = np.argsort(y, kind="stable")

@@ -37,7 +37,8 @@ def made_again(values: Tensor) -> Iterator[None]:
         if isinstance(packed, Tensor):
             return packed
         maker, shape = packed
-        return maker.again(maker).reshape(shape)  # type: ignore[attr-defined, no-any-return]
+        with torch.no_grad():
+            return maker.again(maker).reshape(shape)  # type: ignore[attr-defined, no-any-return]
 
     with saved_tensors_hooks(pack, unpack):
         yield

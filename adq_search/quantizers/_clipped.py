@@ -92,7 +92,8 @@ class ClippedPowerWeight(WeightQuantizer):
     def _quantize(self, values: Tensor) -> Tensor:
         threshold = positive_step(self.threshold, torch.rsqrt(self.group_size))
         dtype = computing_dtype(values, threshold)
-        return clipped_through(values, threshold, self._unit_levels(dtype))
+        levels = self._unit_levels(dtype)
+        return clipped_through(values, threshold, levels, n_values=self.input_values)
 
     def _codes(self, values: Tensor) -> Tensor:
         scaled = self._scaled(values)

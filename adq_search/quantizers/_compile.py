@@ -22,8 +22,10 @@ from torch import Tensor
 from adq_search.errors import AdqSearchWarning, QuantizerError
 
 MODES = ("auto", "on", "off")
-#: Elements from which on a compiled call is worth a process's seconds of start-up (`auto`).
-COMPILE_FROM = 2**18
+#: Values of a layer's input in one step from which on compiling is worth a process's seconds of
+#: start-up (`auto`). Evaluation takes larger batches, and fewer of them.
+COMPILE_FROM = 2**17
+COMPILE_FROM_IN_EVALUATION = 2**20
 #: Sizes that code is generated for. All others run the same code: speed and the order of sums
 #: must not depend on which layer came first.
 _ROWS, _ENTRIES = 64, 256
@@ -51,37 +53,38 @@ class Kernel(Generic[Out]):
         # Late, since it imports the compiler.
         return torch.compile(self.function, dynamic=True, fullgraph=True)
 
-    def __call__(self, rows: Tensor, *others: Tensor) -> Out:
+    def __call__(self, rows: Tensor, *others: Tensor, compiled: bool = True) -> Out:
         """Return `function(rows, *others)`, the same whether compiled or not; no gradient."""
-        mode = compile_mode()
         # Within somebody else's compilation the plain function joins that graph.
-        if mode == "off" or torch.compiler.is_compiling():
+        if not compiled or torch.compiler.is_compiling():
             return self.function(rows, *others)
-        if mode == "auto" and rows.numel() < COMPILE_FROM:
-            return self.function(rows, *others)
-        # Parameters and autocast would be other graphs.
+        device = rows.device.type
+        # Gradient mode, autocast and parameters would each make another graph of the same code.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(rows, *others)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self(rows, *others)
         tensors = [t.detach() for t in (rows, *others)]
-        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-            if not self._is_ready(tensors, mode):
-                return self.function(*tensors)
-            return self._compiled(*tensors)
+        if not self._is_ready(device, tensors):
+            return self.function(*tensors)
+        return self._compiled(*tensors)
 
-    def _is_ready(self, tensors: list[Tensor], mode: str) -> bool:
-        """Compile for these dtypes, unless that was tried before; whether it worked."""
-        signature = (
-            tensors[0].device.type,
-            torch.get_num_threads(),
-            tensors[0].shape[-1] > _LONG,
-            *((t.dtype, t.ndim, *(size == 1 for size in t.shape)) for t in tensors),
-        )
-        if signature not in self._ready:
+    def _is_ready(self, device: str, tensors: list[Tensor]) -> bool:
+        """Compile for tensors of this kind, unless that was tried before; whether it worked."""
+        n_rows, n_columns = tensors[0].shape
+        is_long = n_columns > _LONG
+        # What a graph is specialised to: sizes of one, long rows, threads and dtypes.
+        kind = (device, torch.get_num_threads(), n_rows == 1, n_columns == 1, is_long)
+        key = (*kind, *[t.dtype for t in tensors])
+        if key not in self._ready:
             try:
-                is_long = tensors[0].shape[-1] > _LONG
                 self._compiled(*(_example(tensor, is_long=is_long) for tensor in tensors))
             except Exception as error:  # no compiler, no headers, an old driver: torch has many
-                if mode == "on":
+                if compile_mode() == "on":
                     raise
-                self._ready[signature] = False
+                self._ready[key] = False
                 msg = (
                     f"Quantizers run uncompiled, which is slower: {type(error).__name__} in "
                     f"`{self.function.__name__}`. Install a C++ compiler, or set "
@@ -89,8 +92,21 @@ class Kernel(Generic[Out]):
                 )
                 warnings.warn(msg, AdqSearchWarning, stacklevel=4)
             else:
-                self._ready[signature] = True
-        return self._ready[signature]
+                self._ready[key] = True
+        return self._ready[key]
+
+
+def pays(n_values: int, *, trains: bool) -> bool:
+    """Return whether to compile for a layer.
+
+    Args:
+        n_values: Values of the layer's input.
+        trains: Whether a backward pass will follow.
+    """
+    mode = compile_mode()
+    if mode == "auto":
+        return n_values >= (COMPILE_FROM if trains else COMPILE_FROM_IN_EVALUATION)
+    return mode == "on"
 
 
 def compile_mode() -> str:

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from adq_search.quantizers._calibration import computing_dtype
-from adq_search.quantizers._compile import Kernel
+from adq_search.quantizers._compile import Kernel, pays
 from adq_search.quantizers._intervals import interval_entry, interval_sums, padded, rank
 from adq_search.quantizers._nearest import count_below
 from adq_search.quantizers._rows import from_rows, row_order, to_rows
@@ -64,7 +64,11 @@ class _Thresholds(Function):
     ) -> Tensor:
         order = row_order(x)
         thresholds = padded(_thresholds(_knots(s, a), a).to(computing_dtype(x, a)))
-        rows, index = _quantize(to_rows(x, order), thresholds, beta_1, _output_step(a, beta_2), n)
+        ctx.compiled = pays(x.numel(), trains=any(ctx.needs_input_grad))
+        step = _output_step(a, beta_2)
+        rows, index = _quantize(
+            to_rows(x, order), thresholds, beta_1, step, n, compiled=ctx.compiled
+        )
         # One byte an element spares the backward pass a second search.
         ctx.save_for_backward(x, s, a, beta_1, beta_2, n, index)
         ctx.again = _levels_again
@@ -87,6 +91,7 @@ class _Thresholds(Function):
             padded(knots.to(dtype)),
             padded((slope * beta_1).to(dtype), 0.0, like=knots),
             n,
+            compiled=ctx.compiled,
         )
         # Sums over the elements of intervals 1..M of R, and of R times the distance from the left.
         r_interval, r_distance = r_interval[:m], r_distance[:m]
@@ -103,7 +108,9 @@ class _Thresholds(Function):
 def _levels_again(ctx: Any) -> Tensor:
     x, _, a, _, beta_2, n, index = ctx.saved_tensors
     order = row_order(x)
-    return from_rows(_levels(to_rows(x, order), index, _output_step(a, beta_2), n), x, order)
+    step = _output_step(a, beta_2)
+    rows = _levels(to_rows(x, order), index, step, n, compiled=ctx.compiled)
+    return from_rows(rows, x, order)
 
 
 @Kernel

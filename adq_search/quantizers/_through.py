@@ -26,7 +26,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from adq_search.quantizers._calibration import EPS, computing_dtype
-from adq_search.quantizers._compile import Kernel
+from adq_search.quantizers._compile import Kernel, pays
 from adq_search.quantizers._nearest import nearest_level, nearest_tables
 from adq_search.quantizers._rows import column, from_column, from_rows, row_order, to_rows
 
@@ -52,7 +52,9 @@ def lsq_gradient_scale(qmax: Tensor, n_values: int) -> Tensor:
     return torch.rsqrt(qmax * max(1, n_values))
 
 
-def uniform_through(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+def uniform_through(
+    values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor, *, n_values: int
+) -> Tensor:
     """Quantize uniformly with LSQ's gradients to the values and to the step.
 
     Args:
@@ -61,11 +63,12 @@ def uniform_through(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) ->
             sample of inputs).
         qmin: Smallest code, # shape: ()
         qmax: Largest code, # shape: ()
+        n_values: Values of the layer's input, which decide whether compiling pays.
 
     Returns:
         `clip(round(values / step), qmin, qmax) * step`, in the dtype of `values`.
     """
-    return _Uniform.apply(values, step, qmin, qmax)  # type: ignore[no-any-return]
+    return _Uniform.apply(values, step, qmin, qmax, n_values)  # type: ignore[no-any-return]
 
 
 def uniform_integers(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
@@ -74,18 +77,21 @@ def uniform_integers(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -
     return _clip_(scaled, qmin, qmax).round_()
 
 
-def clipped_through(values: Tensor, threshold: Tensor, unit_levels: Tensor) -> Tensor:
+def clipped_through(
+    values: Tensor, threshold: Tensor, unit_levels: Tensor, *, n_values: int
+) -> Tensor:
     """Quantize to the nearest of `threshold * unit_levels` with a learned clipping threshold.
 
     Args:
         values: Any shape.
         threshold: Positive; one, or one for each entry of the first dimension.
         unit_levels: Sorted levels from -1 to 1, # shape: (levels,)
+        n_values: Values of the layer's input, which decide whether compiling pays.
 
     Returns:
         Quantized values, in the dtype of `values`.
     """
-    return _Clipped.apply(values, threshold, unit_levels)  # type: ignore[no-any-return]
+    return _Clipped.apply(values, threshold, unit_levels, n_values)  # type: ignore[no-any-return]
 
 
 def straight_through(values: Tensor, quantized: Tensor) -> Tensor:
@@ -108,10 +114,11 @@ class _PositiveStep(Function):
 
 class _Uniform(Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, s: Tensor, n: Tensor, p: Tensor) -> Tensor:
+    def forward(ctx: Any, v: Tensor, s: Tensor, n: Tensor, p: Tensor, n_values: int) -> Tensor:
         ctx.save_for_backward(v, s, n, p)
+        ctx.compiled = pays(n_values, trains=any(ctx.needs_input_grad))
         ctx.again = _uniform_again
-        return _uniform_rows(v, s, n, p)
+        return _uniform_rows(v, s, n, p, compiled=ctx.compiled)
 
     @staticmethod
     @once_differentiable
@@ -120,18 +127,20 @@ class _Uniform(Function):
         order = row_order(v)
         rows = to_rows(v, order)
         upstream = to_rows(gradients[0], order)
-        grad_v, grad_s = _uniform_gradients(rows, upstream, column(s, rows), n, p)
-        return from_rows(grad_v, v, order), from_column(grad_s, s), None, None
+        grad_v, grad_s = _uniform_gradients(
+            rows, upstream, column(s, rows), n, p, compiled=ctx.compiled
+        )
+        return from_rows(grad_v, v, order), from_column(grad_s, s), None, None, None
 
 
 def _uniform_again(ctx: Any) -> Tensor:
-    return _uniform_rows(*ctx.saved_tensors)
+    return _uniform_rows(*ctx.saved_tensors, compiled=ctx.compiled)
 
 
-def _uniform_rows(v: Tensor, s: Tensor, n: Tensor, p: Tensor) -> Tensor:
+def _uniform_rows(v: Tensor, s: Tensor, n: Tensor, p: Tensor, *, compiled: bool) -> Tensor:
     order = row_order(v)
     rows = to_rows(v, order)
-    return from_rows(_uniform(rows, column(s, rows), n, p), v, order)
+    return from_rows(_uniform(rows, column(s, rows), n, p, compiled=compiled), v, order)
 
 
 @Kernel
@@ -159,12 +168,14 @@ def _uniform_gradients(
 
 class _Clipped(Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, alpha: Tensor, unit_levels: Tensor) -> Tensor:
+    def forward(ctx: Any, v: Tensor, alpha: Tensor, unit_levels: Tensor, n_values: int) -> Tensor:
         ctx.save_for_backward(v, alpha, unit_levels)
+        ctx.compiled = pays(n_values, trains=any(ctx.needs_input_grad))
         order = row_order(v)
         rows = to_rows(v, order)
         tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
-        return from_rows(_clipped(rows, column(alpha, rows), *tables), v, order)
+        out = _clipped(rows, column(alpha, rows), *tables, compiled=ctx.compiled)
+        return from_rows(out, v, order)
 
     @staticmethod
     @once_differentiable
@@ -174,8 +185,10 @@ class _Clipped(Function):
         rows = to_rows(v, order)
         upstream = to_rows(gradients[0], order)
         tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
-        grad_v, grad_alpha = _clipped_gradients(rows, upstream, column(alpha, rows), *tables)
-        return from_rows(grad_v, v, order), from_column(grad_alpha, alpha), None
+        grad_v, grad_alpha = _clipped_gradients(
+            rows, upstream, column(alpha, rows), *tables, compiled=ctx.compiled
+        )
+        return from_rows(grad_v, v, order), from_column(grad_alpha, alpha), None, None
 
 
 @Kernel

@@ -26,7 +26,7 @@ from torch import Tensor
 from adq_search.policy import OptionValue
 from adq_search.quantizers._base import WEIGHT_QUANTIZERS, WeightQuantizer, check_bits
 from adq_search.quantizers._calibration import computing_dtype, quantile
-from adq_search.quantizers._compile import Kernel
+from adq_search.quantizers._compile import Kernel, pays
 from adq_search.quantizers._nearest import nearest_index, nearest_level, nearest_tables
 from adq_search.quantizers._rows import from_rows, row_order, to_rows
 from adq_search.quantizers._through import straight_through
@@ -94,7 +94,8 @@ class AdqWeight(WeightQuantizer):
             order = row_order(values)
             weights = to_rows(values, order).to(computing_dtype(values, self.codebook))
             levels, midpoints = nearest_tables(self.codebook.to(weights.dtype))
-            quantized, index = _snap(weights, levels, midpoints)
+            compiled = pays(self.input_values, trains=values.requires_grad)
+            quantized, index = _snap(weights, levels, midpoints, compiled=compiled)
             if self.training:
                 self._move_codebook_(weights - quantized, index, len(levels))
         return straight_through(values, from_rows(quantized, values, order).to(values.dtype))

@@ -122,7 +122,8 @@ class AsqInput(InputQuantizer):
     def _quantize(self, values: Tensor) -> Tensor:
         n_values = n_features(values, self._sample_shape(values))
         step = positive_step(self.step, lsq_gradient_scale(self.qmax, n_values))
-        return uniform_through(values, step * self.factors(values), self.qmin, self.qmax)
+        step = step * self.factors(values)
+        return uniform_through(values, step, self.qmin, self.qmax, n_values=values.numel())
 
     def _codes(self, values: Tensor) -> Tensor:
         step = self._positive() * self.factors(values)

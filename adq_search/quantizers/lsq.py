@@ -69,7 +69,8 @@ class LsqWeight(WeightQuantizer):
 
     def _quantize(self, values: Tensor) -> Tensor:
         step = positive_step(self.step, lsq_gradient_scale(self.qmax, self._n_group()))
-        return uniform_through(values, step, self.qmin, self.qmax)
+        n_values = self.input_values
+        return uniform_through(values, step, self.qmin, self.qmax, n_values=n_values)
 
     def _codes(self, values: Tensor) -> Tensor:
         return uniform_integers(values, self._positive(), self.qmin, self.qmax).long()
@@ -117,7 +118,7 @@ class LsqInput(InputQuantizer):
     def _quantize(self, values: Tensor) -> Tensor:
         n_values = n_features(values, self._sample_shape(values))
         step = positive_step(self.step, lsq_gradient_scale(self.qmax, n_values))
-        return uniform_through(values, step, self.qmin, self.qmax)
+        return uniform_through(values, step, self.qmin, self.qmax, n_values=values.numel())
 
     def _codes(self, values: Tensor) -> Tensor:
         return uniform_integers(values, self._positive(), self.qmin, self.qmax).long()

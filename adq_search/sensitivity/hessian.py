@@ -54,8 +54,9 @@ _PRIME = 1_000_003
 class HessianEstimator(SensitivityEstimator):
     """Average Hessian traces of weights and layer inputs.
 
-    Probing stops when no layer's running mean moves by more than `tolerance`, as a share of
-    itself, and not before `min_probes`.
+    The standard error is that of the probes; the choice of examples is not in it. Probing stops
+    when no layer's running mean moves by more than `tolerance`, as a share of itself, and not
+    before `min_probes`.
 
     Args:
         min_probes: At least this many probes.

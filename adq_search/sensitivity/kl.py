@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from adq_search.errors import SensitivityError
 from adq_search.sensitivity._answers import answer, kl
 from adq_search.sensitivity._base import (
     ScoreKey,
@@ -76,7 +77,7 @@ class KlEstimator(SensitivityEstimator):
         chunks = inputs.split(self.chunk)
         before = [answer(subject.model, chunk) for chunk in chunks]
         for keys, of_weight, of_input in self._choices(subject, group):
-            with _quantized(layers, of_weight, of_input):
+            with _quantized(layers, of_weight, of_input), _named(part, of_weight, of_input):
                 after = [answer(subject.model, chunk) for chunk in chunks]
             total = sum(kl(b, a) for b, a in zip(before, after, strict=True))
             scores |= dict.fromkeys(keys, share * total / len(inputs))
@@ -92,6 +93,17 @@ class KlEstimator(SensitivityEstimator):
             *(([input_key(n, *kind) for n in group.layers], None, kind) for kind in first.inputs),
             *(([both_key(n, p) for n in group.layers], *kinds) for p, kinds in both.items()),
         ]
+
+
+@contextmanager
+def _named(group: str, *kinds: Kind | None) -> Iterator[None]:
+    """Say in an error which group was quantized, and how."""
+    try:
+        yield
+    except SensitivityError as error:
+        how = " and ".join(f"{kind[0]} at {kind[1]} bits" for kind in kinds if kind is not None)
+        msg = f"With {group} quantized ({how}): {error} Or leave this choice out of the space."
+        raise SensitivityError(msg) from error
 
 
 @contextmanager

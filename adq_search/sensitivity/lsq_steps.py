@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adq_search.errors import SensitivityError
 from adq_search.layers import QuantLayer, to_quantized_
 from adq_search.policy import LayerPrecision
 from adq_search.quantizers import InputQuantizer, Quantizer, WeightQuantizer, make_quantizers
@@ -46,7 +47,7 @@ from adq_search.sensitivity._base import (
 )
 from adq_search.sensitivity._fitted import FittedLayer
 from adq_search.sensitivity._registry import register_estimator
-from adq_search.sensitivity._watching import checked_logits, layer_inputs, weight_of
+from adq_search.sensitivity._watching import layer_inputs, weight_of
 from adq_search.tracing import parametric_layers
 
 
@@ -83,6 +84,7 @@ class LsqStepsEstimator(SensitivityEstimator):
         generator = torch.Generator().manual_seed(subject.seed * 1_000 + index)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             network = copy.deepcopy(subject.model).eval().requires_grad_()
+            answer(network, subject.inputs)  # refuses what is no logits, before any training
             layers = _layers(network, subject)
             self._train(network, layers, subject, generator)
         return _scores(layers, subject.fitted, self._scale(network, layers, subject), self.alpha)
@@ -106,10 +108,17 @@ class LsqStepsEstimator(SensitivityEstimator):
             for rows in order.split(self.batch_size):
                 optimizer.zero_grad()
                 for _ in _policies(layers, generator):
-                    logits = checked_logits(network(subject.inputs[rows]), len(rows), {})
+                    logits = network(subject.inputs[rows])
                     F.cross_entropy(logits, subject.targets[rows]).backward()
                 optimizer.step()
                 schedule.step()
+        for name, layer in layers.items():
+            if not all(torch.isfinite(step).all() for step in layer.parameters()):
+                msg = (
+                    f"Learned steps are finite, but those of {name} are not: the training "
+                    f"diverged. Lower `learning_rate`, now {self.learning_rate:g}."
+                )
+                raise SensitivityError(msg)
 
     def _scale(self, network: nn.Module, layers: dict[str, _StepLayer], subject: Subject) -> float:
         """Return kappa."""

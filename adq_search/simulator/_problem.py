@@ -27,10 +27,11 @@ from adq_search.space import SearchSpace
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-#: Shape of a learning curve: its excess at the first epoch, and the spread of excess and pace.
-_EXCESS = 1.5
-_PACE = 0.35
-_CURVE_SPREAD = 0.25
+#: Shape of a learning curve: the logarithm of its excess at the first epoch, the pace at which that
+#: falls, and the spread of both; as recorded on digits (`results/search_efficiency`).
+_EXCESS = 0.7
+_PACE = 0.45
+_CURVE_SPREAD = 0.35
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,11 @@ class SimulatedProblem:
         """Return the share of the dearest policy's cost, shape (policies,)."""
         g = np.arange(len(self.losses))
         return np.asarray(self.costs[g, indices].sum(axis=1) / self.costs.max(axis=1).sum())
+
+    @property
+    def cost_rows(self) -> tuple[Floats, ...]:
+        """What each choice of each group adds to `cost`, # shape: (choices,) each."""
+        return tuple(self.costs / self.costs.max(axis=1).sum())
 
     def true_points(self, policies: Iterable[Policy]) -> list[tuple[float, float]]:
         """Return accuracy and cost of policies without noise."""

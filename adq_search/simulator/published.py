@@ -6,9 +6,9 @@ Half trace times perturbation is HAWQ's prediction of the loss increase; we take
 would say. What "training" finds differs from it as real networks do: every layer and width is off
 by a factor with a log-normal spread of 0.5, and neighbours interact.
 
-The perturbation of a uniform quantizer falls with the square of its number of steps: published 4-
-and 8-bit values of all layers agree with (255 / 15)^2 = 289 within 7 %. So other widths follow from
-4 bits. The scale is set so that uniform 4 bits are predicted to lose 0.05 nats.
+The perturbation of a uniform quantizer falls with the square of its number of steps: the published
+8-bit values lie below the 4-bit ones by (255 / 15)^2 = 289, give or take 15 %. So other widths
+follow from 4 bits. The scale is set so that uniform 4 bits are predicted to lose 0.05 nats.
 
 .. [Yao2021] Yao et al. HAWQ-V3. ICML 2021. https://github.com/Zhen-Dong/HAWQ, MIT licence.
 """

@@ -31,8 +31,12 @@ class StackedLayer(nn.Module):
             biases = [cast("Tensor", layer.bias).detach() for layer in layers]
             self.bias = nn.Parameter(torch.cat(biases))
         quantized = [layer if isinstance(layer, QuantLayer) else None for layer in layers]
-        self.weights = stack_weight_quantizers([q and q.weight_quantizer for q in quantized])
-        self.inputs = stack_input_quantizers([q and q.input_quantizer for q in quantized])
+        self.weights = stack_weight_quantizers(
+            [None if layer is None else layer.weight_quantizer for layer in quantized]
+        )
+        self.inputs = stack_input_quantizers(
+            [None if layer is None else layer.input_quantizer for layer in quantized]
+        )
 
     @torch.no_grad()
     def unstack_(self) -> None:
@@ -93,7 +97,8 @@ class StackedNorm(nn.Module):
             affine=one.affine,
             track_running_stats=one.track_running_stats,
         )
-        self.norm.train(one.training)
+        some = next(iter(one.state_dict().values()), torch.empty(()))
+        self.norm.to(device=some.device, dtype=some.dtype)
         with torch.no_grad():
             for name, own in self.norm.state_dict().items():
                 values = [layer.state_dict()[name] for layer in layers]

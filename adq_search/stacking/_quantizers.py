@@ -1,8 +1,8 @@
 r"""The quantizers that K networks have at one layer, as one call.
 
 Slots are the K networks. Uniform quantizers (LSQ, ASQ's inputs) of all slots are one call with a
-step and a code range a row; each other slot runs its own quantizer. The uniform call always covers
-all K slots, so what one slot computes does not depend on which quantizers its neighbours have.
+step and a code range a row, over all K slots; N2UQ's inputs are another; each other slot runs its
+own quantizer.
 
 Notation:
     K   slots
@@ -22,9 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, LsqWeight, WeightQuantizer
-from adq_search.quantizers._through import lsq_gradient_scale, positive_step, uniform_through
+from adq_search.quantizers import (
+    AsqInput,
+    InputQuantizer,
+    LsqInput,
+    LsqWeight,
+    N2uqInput,
+    WeightQuantizer,
+)
+from adq_search.quantizers._through import lsq_gradient_scale, positive_step
 from adq_search.quantizers.asq import SMALLEST_FACTOR
+from adq_search.stacking._thresholds import ThresholdInputs
+from adq_search.stacking._uniform import uniform_rows
 
 
 class Uniform(nn.Module, ABC):
@@ -49,6 +58,7 @@ class StackedQuantizers(nn.Module):
         quantizers: One a slot, None where the slot stays in floating point.
         uniform: What runs some of them together.
         together: The slots that it runs.
+        thresholds: N2UQ's quantizers by slot, run together too.
         dim: Along which the slots stand, one after the other.
     """
 
@@ -57,12 +67,15 @@ class StackedQuantizers(nn.Module):
         quantizers: Sequence[WeightQuantizer | InputQuantizer | None],
         uniform: Uniform | None,
         together: Sequence[int],
+        thresholds: Mapping[int, N2uqInput],
         *,
         dim: int,
     ) -> None:
         super().__init__()
         self.uniform = uniform
-        rest = [k for k in range(len(quantizers)) if k not in together]
+        self.thresholds = ThresholdInputs(list(thresholds.values())) if thresholds else None
+        self._cut = list(thresholds)
+        rest = [k for k in range(len(quantizers)) if k not in together and k not in thresholds]
         self.alone = nn.ModuleDict(
             {str(k): quantizer for k in rest if (quantizer := quantizers[k]) is not None}
         )
@@ -73,34 +86,40 @@ class StackedQuantizers(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Quantize; same shape."""
         done = values if self.uniform is None else self.uniform(values)
-        if not self.alone and (self.uniform is None or not self._floating):
+        if not (self.alone or self._cut or (self.uniform is not None and self._floating)):
             return done
         raw = values.chunk(self._n_slots, self._dim)
         pieces = list(done.chunk(self._n_slots, self._dim))
         for slot in self._floating:
             pieces[slot] = raw[slot]
-        for slot, quantizer in self.alone.items():
-            pieces[int(slot)] = quantizer(raw[int(slot)])
+        if self.thresholds is not None:
+            rows = torch.stack([raw[slot].flatten(1) for slot in self._cut], dim=1)
+            for slot, piece in zip(self._cut, self.thresholds(rows).unbind(dim=1), strict=True):
+                pieces[slot] = piece.view(raw[slot].shape)
+        for name, quantizer in self.alone.items():
+            pieces[int(name)] = quantizer(raw[int(name)])
         return torch.cat(pieces, self._dim)
 
     def unstack_(self) -> None:
         """Write what was trained together back into the quantizers."""
-        if self.uniform is not None:
-            self.uniform.unstack_()
+        for together in (self.uniform, self.thresholds):
+            if together is not None:
+                together.unstack_()
 
 
 def stack_weight_quantizers(quantizers: Sequence[WeightQuantizer | None]) -> StackedQuantizers:
     """Stack the weight quantizers of one layer; weights stand along the first dimension."""
     together = {k: q for k, q in enumerate(quantizers) if isinstance(q, LsqWeight) and q.step.ndim}
     uniform = UniformWeights(together, len(quantizers)) if together else None
-    return StackedQuantizers(quantizers, uniform, list(together), dim=0)
+    return StackedQuantizers(quantizers, uniform, list(together), {}, dim=0)
 
 
 def stack_input_quantizers(quantizers: Sequence[InputQuantizer | None]) -> StackedQuantizers:
     """Stack the input quantizers of one layer; channels stand along the second dimension."""
     together = {k: q for k, q in enumerate(quantizers) if isinstance(q, LsqInput | AsqInput)}
     uniform = UniformInputs(together, len(quantizers)) if together else None
-    return StackedQuantizers(quantizers, uniform, list(together), dim=1)
+    thresholds = {k: q for k, q in enumerate(quantizers) if isinstance(q, N2uqInput)}
+    return StackedQuantizers(quantizers, uniform, list(together), thresholds, dim=1)
 
 
 class UniformWeights(Uniform):
@@ -134,7 +153,7 @@ class UniformWeights(Uniform):
     def forward(self, values: Tensor) -> Tensor:
         """Quantize. # shape: (K * out, ...)."""
         step = positive_step(self.step, self.gradient_scale)
-        return uniform_through(values.flatten(1), step, self.qmin, self.qmax).view(values.shape)
+        return uniform_rows(values.flatten(1), step, self.qmin, self.qmax).view(values.shape)
 
     @torch.no_grad()
     def unstack_(self) -> None:
@@ -177,7 +196,7 @@ class UniformInputs(Uniform):
         if self.factors is not None:
             step = step * self.factors(rows)
         qmin, qmax = (bound.repeat(n).unsqueeze(1) for bound in (self.qmin, self.qmax))
-        flat = uniform_through(rows.flatten(0, 1), step.reshape(-1, 1), qmin, qmax)
+        flat = uniform_rows(rows.flatten(0, 1), step.reshape(-1, 1), qmin, qmax)
         return flat.view(values.shape)
 
     @torch.no_grad()
@@ -198,18 +217,19 @@ class Factors(nn.Module):
 
     learning_rate_factor: ClassVar[float] = AsqInput.learning_rate_factor
 
+    slots: Tensor
+
     def __init__(self, quantizers: Mapping[int, AsqInput]) -> None:
         super().__init__()
         self._adapters = [q.adapter for q in quantizers.values()]
         self._n_channels = next(iter(quantizers.values())).n_channels
         self.register_buffer("slots", torch.tensor(list(quantizers)), persistent=False)
-        stacked = {
-            name: nn.Parameter(torch.stack([dict(a.named_parameters())[name] for a in self._adapters]))
-            for name, _ in self._adapters[0].named_parameters()
-        }
-        self.parameters_by_name = nn.ParameterDict({n.replace(".", "_"): p for n, p in stacked.items()})
-
-    slots: Tensor
+        self.stacked = nn.ParameterDict(
+            {
+                name.replace(".", "_"): torch.stack([a.get_parameter(name) for a in self._adapters])
+                for name, _ in self._adapters[0].named_parameters()
+            }
+        )
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return one factor a sample and slot, 1 where a slot has no adapter.
@@ -221,7 +241,7 @@ class Factors(nn.Module):
             Factors, # shape: (N, K)
         """
         n, k, _ = rows.shape
-        p = self.parameters_by_name
+        p = self.stacked
         means = rows.view(n, k, self._n_channels, -1).mean(dim=-1)
         out = means.index_select(1, self.slots).transpose(0, 1)  # shape: (slots, N, C)
         if "hidden_weight" in p:
@@ -237,4 +257,4 @@ class Factors(nn.Module):
         """Write the adapters back."""
         for i, adapter in enumerate(self._adapters):
             for name, parameter in adapter.named_parameters():
-                parameter.copy_(self.parameters_by_name[name.replace(".", "_")][i])
+                parameter.copy_(self.stacked[name.replace(".", "_")][i])

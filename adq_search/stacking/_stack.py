@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from adq_search.stacking._layers import StackedConv, StackedLinear, StackedNorm
 
@@ -26,15 +25,15 @@ STACKED: Mapping[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Linear: StackedLinear,
     _BatchNorm: StackedNorm,
 }
-_RELATIVE, _ABSOLUTE = 1e-9, 1e-9  # float64
+_N_SAMPLES = 5
 
 
 class Stack(nn.Module):
     """K networks as one. Parameters are copies: `unstack_` writes them back.
 
     Args:
-        networks: Of one architecture, each float or quantized by its own policy; float quantizers
-            that run alone are shared with the stack and train in place.
+        networks: Of one architecture, each under its own policy. Quantizers that do not run
+            together with others are shared with the stack, and train in place.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
@@ -75,6 +74,33 @@ def _replace_(body: nn.Module, networks: Sequence[nn.Module]) -> None:
             setattr(body, name, kind(own))
 
 
-def why_not_stackable(make: Sequence[nn.Module], inputs: Tensor) -> str | None:
-    """Return why networks of this architecture cannot be stacked, None where they can."""
-    return None
+def why_not_stackable(make_network: Callable[[], nn.Module], example: Tensor) -> str | None:
+    """Return why networks of an architecture cannot be stacked, None where they can.
+
+    Two networks with different random parameters run on random inputs in training mode, in
+    float64, stacked and apart.
+
+    Args:
+        make_network: Makes the network.
+        example: An input as a batch, # shape: (1, *sample)
+    """
+    if not example.is_floating_point():
+        return f"its inputs are {example.dtype}, not floating point"
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        networks = [make_network().double().train() for _ in range(2)]
+        for network in networks:
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        inputs = torch.randn(_N_SAMPLES, *example.shape[1:], dtype=torch.float64)
+        try:
+            found = Stack(networks)(inputs)
+            wanted = torch.stack([network(inputs) for network in networks])
+        except Exception as error:  # whatever foreign code raises on channels it did not expect
+            return f"its code refuses stacked channels: {' '.join(str(error).split())[:200]}"
+    if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-9, atol=1e-9):
+        return None
+    return (
+        "stacked, it returns something else: its code mixes channels or draws random numbers, or a "
+        f"layer is none of {', '.join(kind.__name__.strip('_') for kind in STACKED)}"
+    )
