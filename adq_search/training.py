@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -36,6 +36,9 @@ class TrainingSettings(StrictModel):
         distillation: How the student listens to the teacher.
         calibration_samples: Training samples that initialise the input quantizers.
         batch_norm_batches: Training batches that re-estimate batch-norm statistics at the end.
+        precision: Of the network's arithmetic in training; `bfloat16` is autocast, for processors
+            and GPUs that multiply in it. Weights, steps, the loss and what is measured stay in
+            float32.
         networks_per_pass: Networks that the Optuna host trains at once, as one. With 1, a result
             depends on its policy and the seed alone; with more, it does so within rounding.
     """
@@ -48,6 +51,7 @@ class TrainingSettings(StrictModel):
     distillation: DistillationSettings = DistillationSettings()
     calibration_samples: Annotated[int, Field(ge=1)] = 256
     batch_norm_batches: Annotated[int, Field(ge=1)] = 16
+    precision: Literal["float32", "bfloat16"] = "float32"
     networks_per_pass: Annotated[int, Field(ge=1, le=64)] = 1
 
 
@@ -222,7 +226,9 @@ def epoch_losses(
             if task.augment is not None:
                 batch = batch._replace(inputs=task.augment(batch.inputs, generator))
             answers = None if guide is None else guide.logits(batch)
-            logits: Tensor = network(batch.inputs)
+            with _precision(settings, batch.inputs.device.type):
+                logits: Tensor = network(batch.inputs)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses = torch.stack(
                 [
                     distillation_loss(own, batch.targets, answers, settings.distillation)
@@ -307,6 +313,11 @@ def _parameter_groups(network: nn.Module, settings: TrainingSettings) -> list[di
         {"params": parameters, "lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
+
+
+def _precision(settings: TrainingSettings, device: str) -> torch.autocast:
+    is_half = settings.precision == "bfloat16"
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=is_half)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -20,8 +20,7 @@ from adq_search.errors import StorageError, TaskError
 from adq_search.hosting import HostOptions, HostOutcome
 from adq_search.plan import Plan
 from adq_search.plugins._interrupts import remembered
-from adq_search.plugins.optuna_artifacts import fetch_session, publish
-from adq_search.plugins.optuna_journal import mend_journal
+from adq_search.plugins.optuna_artifacts import fetch_session, open_store, publish
 from adq_search.plugins.optuna_lease import LeaseTerms, Sweeper, worker_name
 from adq_search.plugins.optuna_objective import (
     FINGERPRINT,
@@ -64,6 +63,8 @@ class OptunaHost:
         _check_passes(plan)
         if options.storage is not None and options.workers > 1:
             refuse_sqlite(options.storage, who=f"{options.workers} workers")
+        if options.artifacts is not None:
+            open_store(options.artifacts)
         journal = _journal_file(folder)
         if options.storage is None and not journal.exists():
             if options.resume:
@@ -71,8 +72,8 @@ class OptunaHost:
                 raise StorageError(msg)
             return
         if options.storage is None:
-            with _alone_in(folder):
-                mend_journal(journal)
+            with _alone_in(folder):  # to say it before anything is trained
+                pass
         patience_s = RESTART_S if options.resume else 0.0
         storage = open_storage(_storage_url(folder, options), patience_s=patience_s)
         names = optuna.study.get_all_study_names(storage)

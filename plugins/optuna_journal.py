@@ -28,22 +28,12 @@ def open_journal(file: Path) -> JournalStorage:
     return JournalStorage(_WholeAppends(str(file), lock))
 
 
-def mend_journal(file: Path) -> None:
-    """Cut off a last line that a killed writer left unfinished.
-
-    Optuna appends whole lines and reads no further than a damaged one, so a half-written last
-    line would make every later one unreadable. Call it only while nobody writes.
-    """
-    with file.open("r+b") as journal:
-        _cut_half_line(journal)
-
-
 class _WholeAppends(JournalFileBackend):
     """A backend whose lines are whole, whatever happens to their writers.
 
-    Ctrl-C waits until an append is done and its lock released. A half line that a killed writer
-    left is cut off by the next one, and one that did not fit on the disk by its own writer, who
-    then waits for room.
+    Ctrl-C waits until an append is done and its lock released. Optuna reads no further than a
+    damaged line, so a half one that a killed writer left is cut off by the next writer, and one
+    that did not fit on the disk by its own, who then waits for room.
     """
 
     def __init__(self, file: str, lock: JournalFileSymlinkLock) -> None:

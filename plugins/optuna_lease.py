@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import optuna
@@ -28,6 +29,8 @@ WORKER = "worker"
 #: Times a policy is queued again after its worker died; a policy that kills its workers ends there.
 MAX_RETRIES = 3
 _TERMS = "adq_search.lease"
+#: Number of the process namespace outside all containers (Linux, PROC_PID_INIT_INO).
+_OUTERMOST = 0xEFFFFFFC
 #: What a trial that is queued again takes over from the one that was lost.
 _CARRIED = ("policy_hash", "result", "weights")
 
@@ -55,8 +58,22 @@ class LeaseTerms:
 
 
 def worker_name() -> str:
-    """Return what this process is called in the study: host and process number."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """Return what this process is called in the study: machine and process number."""
+    return f"{_machine()}:{os.getpid()}"
+
+
+def _machine() -> str:
+    """Return a name that two processes share only if they see each other's process numbers.
+
+    Containers of one host may share its name, but each has process numbers of its own: theirs are
+    told apart by the namespace of their processes.
+    """
+    try:
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        namespace = _OUTERMOST
+    name = socket.gethostname()
+    return name if namespace == _OUTERMOST else f"{name}@{namespace}"
 
 
 class Lease:
@@ -142,7 +159,7 @@ def is_gone(worker: str) -> bool:
     Of this process itself it is asked between two trials, so a trial in its name is another's.
     """
     host, _, process = worker.rpartition(":")
-    if host != socket.gethostname():
+    if host != _machine():
         return False
     if int(process) == os.getpid():
         return True

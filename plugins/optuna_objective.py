@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -16,6 +14,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from adq_search.errors import StorageError
 from adq_search.plan import Plan, check_fingerprint
+from adq_search.plugins.optuna_lease import WORKER, worker_name
 from adq_search.policy import Policy
 from adq_search.session import Session
 from adq_search.space import Parameter
@@ -117,7 +116,7 @@ class PolicyObjective:
         policy = plan.space.policy_of(self._draw(trial))
         totals = plan.totals(policy)
         trial.set_user_attr("policy_hash", policy.hash)
-        trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
+        trial.set_user_attr(WORKER, worker_name())
         excess = plan.excess(totals)
         for name, amount in excess.items():
             trial.set_constraint(name, amount)

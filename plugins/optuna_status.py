@@ -30,7 +30,7 @@ def read_status(storage: str, name: str) -> StudyStatus:
     Raises:
         StorageError: There is no such study, or it was not made by adq_search.
     """
-    study = load_study(open_storage(storage), name)
+    study = load_study(open_storage(storage, is_there=True), name)
     attributes = study.user_attrs
     if JOB not in attributes:
         msg = f"Study '{name}' was not made by this version of adq_search. Choose another --study."

@@ -54,6 +54,7 @@ def open_storage(
     on_stale: Callable[[Study, FrozenTrial], None] | None = None,
     *,
     patience_s: float = 0.0,
+    is_there: bool = False,
 ) -> BaseStorage:
     """Open a storage that waits out outages.
 
@@ -62,11 +63,15 @@ def open_storage(
         terms: Of the heartbeats in a database; None writes and judges none.
         on_stale: Told of each trial that was failed because its heartbeats ended.
         patience_s: Seconds to wait for a database that cannot be reached at once.
+        is_there: A journal file must exist; otherwise a missing one is made.
 
     Raises:
         StorageError: The storage cannot be opened.
         MissingExtraError: The proxy needs a package that is not installed.
     """
+    if is_there and "://" not in url and not Path(url).exists():
+        msg = f"There is no journal file at {url}. Check the path."
+        raise StorageError(msg)
     try:
         if url.startswith(_GRPC):
             return _open_proxy(url)

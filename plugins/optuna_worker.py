@@ -58,7 +58,7 @@ def open_study(url: str, name: str) -> OpenStudy:
     Raises:
         StorageError: The storage cannot be opened, or has no such study.
     """
-    glance = load_study(open_storage(url, patience_s=RESTART_S), name)
+    glance = load_study(open_storage(url, patience_s=RESTART_S, is_there=True), name)
     terms = LeaseTerms.of(glance.user_attrs)
     storage = open_storage(url, terms, on_stale=requeue, patience_s=RESTART_S)
     return OpenStudy(load_study(storage, name), terms, isinstance(storage, RDBStorage))

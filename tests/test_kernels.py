@@ -21,6 +21,7 @@ from adq_search.quantizers import (
     PostWeight,
     PotWeight,
     RootWeight,
+    _again,
 )
 from adq_search.quantizers._compile import Kernel, pays
 from adq_search.quantizers._intervals import interval_entry, interval_sums, padded, rank
@@ -174,7 +175,8 @@ def test_sums_do_not_depend_on_the_shape_that_came_first(monkeypatch):
 )
 def test_compiling_pays_by_size(mode, n_values, trains, expected, monkeypatch):
     monkeypatch.setenv("ADQ_SEARCH_COMPILE", mode)
-    assert pays(n_values, trains=trains) == expected
+    with torch.set_grad_enabled(trains):
+        assert pays(n_values) == expected
 
 
 def test_the_default_job_starts_no_compiler(monkeypatch):
@@ -213,7 +215,7 @@ def test_asked_for_compiling_that_fails_is_an_error(monkeypatch):
 def test_unknown_mode_is_named(monkeypatch):
     monkeypatch.setenv("ADQ_SEARCH_COMPILE", "yes")
     with pytest.raises(QuantizerError, match="one of auto, on, off, not 'yes'"):
-        pays(1, trains=True)
+        pays(1)
 
 
 def slow_intervals(values, weights, knots, entries):
@@ -241,11 +243,12 @@ def test_intervals_agree_with_loops(mode, n_knots):
     entries = torch.randn(n_knots, generator=generator, dtype=torch.float64)
     expected = slow_intervals(*(t.flatten().tolist() for t in (values, weights, knots, entries)))
     tables = padded(knots), padded(entries, 0.0)
+    at_least = (torch.bucketize(values, knots) - values.lt(0).int()).clamp(min=0).to(torch.uint8)
     compiled = mode == "on"
     found = (
         INTERVALS["rank"](values, tables[0], compiled=compiled),
-        INTERVALS["entry"](values, *tables, compiled=compiled),
-        *INTERVALS["sums"](values, weights, tables[0], compiled=compiled),
+        INTERVALS["entry"](values, *tables, at_least, compiled=compiled),
+        *INTERVALS["sums"](values, weights, tables[0], at_least, compiled=compiled),
     )
     n_inner = n_knots - 1
     for got, wanted, n in zip(found, expected, (480, 480, n_knots, n_inner)):
@@ -262,9 +265,10 @@ INTERVALS = {
 
 @pytest.mark.parametrize("scheme", ["lsq", "asq", "lsq+n2uq"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_quantized_inputs_are_made_again_and_not_kept(scheme, layout):
+def test_quantized_inputs_are_made_again_and_not_kept(scheme, layout, monkeypatch):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    monkeypatch.setattr(_again, "KEPT_BELOW", 0)
     batch = torch.randn(6, 3, 9, 9).to(memory_format=layout)
     names = ("0", "2")
     apply_policy_(network, Policy.uniform(names, LayerPrecision(4, 4, scheme)), batch)

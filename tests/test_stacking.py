@@ -271,3 +271,17 @@ def test_thresholds_are_counted_exactly(spread):
     values = torch.cat([exact, up, down, 6 * torch.randn(3, 500), special], dim=1).unsqueeze(0)
     wanted = (values.unsqueeze(-1) > tables.unsqueeze(1)).sum(dim=-1)
     assert torch.equal(n_below(values, tables), wanted)
+
+
+def test_half_precision_trains_alone_and_together(task, teacher):
+    """bfloat16 has 3 digits: results are near those of float32, and weights stay float32."""
+    half = SETTINGS.model_copy(update={"precision": "bfloat16", "epochs": 4})
+    full = SETTINGS.model_copy(update={"epochs": 4})
+    policies = [mixed(0), mixed(1), mixed(3)]
+    wanted, _ = run_trial(policies[0], task, teacher, full, {}, seed=0)
+    alone, network = run_trial(policies[0], task, teacher, half, {}, seed=0)
+    (stacked, other), *_ = run_trials(policies, task, teacher, half, [{}] * 3, seed=0)
+    assert alone.loss != wanted.loss
+    for result, trained in ((alone, network), (stacked, other)):
+        assert result.loss == pytest.approx(wanted.loss, rel=0.2)
+        assert all(p.dtype == torch.float32 for p in trained.parameters())

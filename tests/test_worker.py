@@ -1,7 +1,6 @@
 """Studies that several machines share: joining one, leases, outages, and how it stands."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from adq_search.plugins._outages import wait_out
 from adq_search.plugins.optuna_artifacts import CODE, fetch_session, publish
 from adq_search.plugins.optuna_host import OptunaHost
 from adq_search.plugins.optuna_journal import open_journal
-from adq_search.plugins.optuna_lease import MAX_RETRIES, LeaseTerms, Sweeper, requeue
+from adq_search.plugins.optuna_lease import MAX_RETRIES, LeaseTerms, Sweeper, requeue, worker_name
 from adq_search.plugins.optuna_objective import PolicyObjective, measuring, result_of
 from adq_search.plugins.optuna_worker import FINISHED, Worker
 from adq_search.progress import NoProgress
@@ -169,9 +168,18 @@ def test_sqlite_is_refused_with_the_reason(session, tmp_path):
         OptunaHost().work(f"sqlite:///{tmp_path}/x.db", "tiny", tmp_path, NoProgress())
 
 
+def test_a_store_that_is_none_is_refused_before_any_training(planned, tmp_path):
+    options = HostOptions("tiny", artifacts="ftp://server/folder")
+    with pytest.raises(StorageError, match=r"a folder or to s3://bucket\[\?endpoint=URL\]"):
+        OptunaHost().check(planned, tmp_path, options)
+
+
 def test_a_study_that_is_not_there_is_said(session, began, tmp_path):
     with pytest.raises(StorageError, match="no study 'tinny'. Known: tiny"):
         OptunaHost().work(str(session.folder / "study.journal"), "tinny", tmp_path, NoProgress())
+    with pytest.raises(StorageError, match="no journal file at"):
+        OptunaHost().status(str(tmp_path / "mistyped.journal"), "tiny")
+    assert not (tmp_path / "mistyped.journal").exists()
 
 
 def dead_trial(study, session, *, with_result=False):
@@ -215,7 +223,7 @@ def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(session, began
     number, _ = dead_trial(began.study, session)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    name = f"{os.uname().nodename}:{gone.pid}"
+    name = f"{worker_name().rpartition(':')[0]}:{gone.pid}"
     trial_id = began.study.trials[number]._trial_id
     began.study._storage.set_trial_user_attr(trial_id, "worker", name)
     Sweeper(LeaseTerms(), has_heartbeats=False).sweep(began.study)

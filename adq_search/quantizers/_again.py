@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
+#: Smaller tensors are kept: making them again takes more time than memory is worth.
+KEPT_BELOW = 2**17
+
 
 @contextmanager
 def made_again(values: Tensor) -> Iterator[None]:
@@ -24,7 +27,8 @@ def made_again(values: Tensor) -> Iterator[None]:
             without that everything is saved as usual.
     """
     node = values.grad_fn
-    if not hasattr(node, "again") or torch.compiler.is_compiling():
+    is_small = values.numel() < KEPT_BELOW
+    if is_small or not hasattr(node, "again") or torch.compiler.is_compiling():
         yield
         return
     place, n_values = values.data_ptr(), values.numel()

@@ -96,15 +96,15 @@ class Kernel(Generic[Out]):
         return self._ready[key]
 
 
-def pays(n_values: int, *, trains: bool) -> bool:
-    """Return whether to compile for a layer.
+def pays(n_values: int) -> bool:
+    """Return whether to compile for a layer: fewer values do where gradients are recorded.
 
     Args:
         n_values: Values of the layer's input.
-        trains: Whether a backward pass will follow.
     """
     mode = compile_mode()
     if mode == "auto":
+        trains = torch.is_grad_enabled()
         return n_values >= (COMPILE_FROM if trains else COMPILE_FROM_IN_EVALUATION)
     return mode == "on"
 

@@ -46,17 +46,18 @@ def rank(values: Tensor, knots: Tensor) -> Tensor:
     return _total(counts).sum(dim=0, dtype=values.dtype)
 
 
-def interval_entry(values: Tensor, knots: Tensor, entries: Tensor) -> Tensor:
+def interval_entry(values: Tensor, knots: Tensor, entries: Tensor, at_least: Tensor) -> Tensor:
     """Return the entry that belongs to the last knot below each value; 0 below the first.
 
     Args:
         values: # shape: (rows, n)
         knots: Padded, # shape: (knots,)
         entries: # shape: (knots,)
+        at_least: Knots below each value, or one less, # shape: (rows, n)
     """
     if not torch.compiler.is_compiling():
         table = F.pad(entries, (1, 0))
-        index = torch.bucketize(values, knots, out_int32=True)
+        index = _knots_below(values, knots, at_least)
         return table.index_select(0, index.view(-1)).view(values.shape)
     ends = F.pad(knots[1:], (0, 1), value=math.inf)
     chosen = [
@@ -66,20 +67,23 @@ def interval_entry(values: Tensor, knots: Tensor, entries: Tensor) -> Tensor:
     return _total(chosen).sum(dim=0)
 
 
-def interval_sums(values: Tensor, weights: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
+def interval_sums(
+    values: Tensor, weights: Tensor, knots: Tensor, at_least: Tensor
+) -> tuple[Tensor, Tensor]:
     """Sum, over the values between each knot and the next, weights and weighted distances.
 
     Args:
         values: # shape: (rows, n)
         weights: # shape: (rows, n)
         knots: Padded, # shape: (knots,)
+        at_least: Knots below each value, or one less, # shape: (rows, n)
 
     Returns:
         Sums of weights, and of weights times the distance from the left knot; the distances of
         the values beyond the last finite knot are of no meaning. Each # shape: (knots,)
     """
     if not torch.compiler.is_compiling():
-        index = torch.bucketize(values, knots)
+        index = _knots_below(values, knots, at_least)
         left = F.pad(knots, (1, 0)).index_select(0, index.view(-1)).view(values.shape)
         sums = weights.new_zeros(2, len(values), len(knots) + 1)
         sums[0].scatter_add_(1, index, weights)
@@ -101,6 +105,13 @@ def interval_sums(values: Tensor, weights: Tensor, knots: Tensor) -> tuple[Tenso
     above_next = F.pad(above_knot[1:], (0, 1))
     distance = torch.stack(reach, 1).flatten(1).sum(dim=0) - gap * above_next
     return above_knot - above_next, distance
+
+
+def _knots_below(values: Tensor, knots: Tensor, at_least: Tensor) -> Tensor:
+    """Return how many knots lie below each value: one comparison instead of a search."""
+    index = at_least.long().clamp_(max=len(knots) - 1)
+    next_knot = knots.index_select(0, index.view(-1)).view(values.shape)
+    return index.add_(torch.gt(values, next_knot, out=torch.empty_like(index)))
 
 
 def _strided(table: Tensor) -> list[Tensor]:

@@ -42,7 +42,7 @@ def nearest_level(values: Tensor, levels: Tensor, midpoints: Tensor) -> tuple[Te
     """
     index = rank(values, midpoints).long()
     index = torch.where(values.isnan(), len(levels) - 1, index)
-    found = levels.index_select(0, index.view(-1)).view(values.shape)
+    found = levels.index_select(0, index.flatten()).view(values.shape)
     return torch.where(values.isnan(), values, found), index
 
 

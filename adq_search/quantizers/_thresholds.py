@@ -46,7 +46,9 @@ def thresholds_through(
     Returns:
         Quantized values, in the dtype of `values`.
     """
-    return _Thresholds.apply(values, start, widths, *scales, qmin)  # type: ignore[no-any-return]
+    compiled = pays(values.numel())
+    out: Tensor = _Thresholds.apply(values, start, widths, *scales, qmin, compiled)
+    return out
 
 
 def threshold_index(values: Tensor, start: Tensor, widths: Tensor, in_scale: Tensor) -> Tensor:
@@ -60,11 +62,18 @@ class _Thresholds(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, s: Tensor, a: Tensor, beta_1: Tensor, beta_2: Tensor, n: Tensor
+        ctx: Any,
+        x: Tensor,
+        s: Tensor,
+        a: Tensor,
+        beta_1: Tensor,
+        beta_2: Tensor,
+        n: Tensor,
+        compiled: bool,
     ) -> Tensor:
         order = row_order(x)
         thresholds = padded(_thresholds(_knots(s, a), a).to(computing_dtype(x, a)))
-        ctx.compiled = pays(x.numel(), trains=any(ctx.needs_input_grad))
+        ctx.compiled = compiled
         step = _output_step(a, beta_2)
         rows, index = _quantize(
             to_rows(x, order), thresholds, beta_1, step, n, compiled=ctx.compiled
@@ -102,7 +111,7 @@ class _Thresholds(Function):
         grad_beta_1 = (slope * (r_distance + knots[:-1] * r_interval)).sum() / beta_1
         trained = (grad_s, grad_a, grad_beta_1, d * r_code)
         grad_x = from_rows(grad_x, x, order)
-        return grad_x, *(gradient.to(a.dtype) for gradient in trained), None
+        return grad_x, *(gradient.to(a.dtype) for gradient in trained), None, None
 
 
 def _levels_again(ctx: Any) -> Tensor:
@@ -144,9 +153,10 @@ def _gradients(
     """
     r = upstream.to(knots.dtype)
     scaled = x.to(knots.dtype) * beta_1
-    grad_x = r * interval_entry(scaled, knots, slopes)
+    # Threshold i lies within interval i, so `index` is the number of knots below, or one less.
+    grad_x = r * interval_entry(scaled, knots, slopes, index)
     r_code = (r * (index.to(r.dtype) + n)).sum(dim=1).sum()
-    r_interval, r_distance = interval_sums(scaled, r, knots)
+    r_interval, r_distance = interval_sums(scaled, r, knots, index)
     return grad_x.to(x.dtype), r_interval, r_distance, r_code
 
 

@@ -68,7 +68,8 @@ def uniform_through(
     Returns:
         `clip(round(values / step), qmin, qmax) * step`, in the dtype of `values`.
     """
-    return _Uniform.apply(values, step, qmin, qmax, n_values)  # type: ignore[no-any-return]
+    compiled = pays(n_values)
+    return _Uniform.apply(values, step, qmin, qmax, compiled)  # type: ignore[no-any-return]
 
 
 def uniform_integers(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
@@ -91,7 +92,8 @@ def clipped_through(
     Returns:
         Quantized values, in the dtype of `values`.
     """
-    return _Clipped.apply(values, threshold, unit_levels, n_values)  # type: ignore[no-any-return]
+    compiled = pays(n_values)
+    return _Clipped.apply(values, threshold, unit_levels, compiled)  # type: ignore[no-any-return]
 
 
 def straight_through(values: Tensor, quantized: Tensor) -> Tensor:
@@ -114,9 +116,9 @@ class _PositiveStep(Function):
 
 class _Uniform(Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, s: Tensor, n: Tensor, p: Tensor, n_values: int) -> Tensor:
+    def forward(ctx: Any, v: Tensor, s: Tensor, n: Tensor, p: Tensor, compiled: bool) -> Tensor:
         ctx.save_for_backward(v, s, n, p)
-        ctx.compiled = pays(n_values, trains=any(ctx.needs_input_grad))
+        ctx.compiled = compiled
         ctx.again = _uniform_again
         return _uniform_rows(v, s, n, p, compiled=ctx.compiled)
 
@@ -124,13 +126,20 @@ class _Uniform(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v, s, n, p = ctx.saved_tensors
+        if not ctx.compiled:
+            grad_v, parts = _uniform_slopes(v, gradients[0], s, n, p)
+            return grad_v, _gathered(parts, s), None, None, None
         order = row_order(v)
         rows = to_rows(v, order)
         upstream = to_rows(gradients[0], order)
-        grad_v, grad_s = _uniform_gradients(
-            rows, upstream, column(s, rows), n, p, compiled=ctx.compiled
-        )
+        grad_v, grad_s = _uniform_gradients(rows, upstream, column(s, rows), n, p)
         return from_rows(grad_v, v, order), from_column(grad_s, s), None, None, None
+
+
+def _gathered(parts: Tensor, like: Tensor) -> Tensor:
+    """Sum elements' parts of a gradient to the shape of a parameter, rows first, as kernels do."""
+    by_row = parts.sum(dim=list(range(1, parts.ndim)), keepdim=True) if parts.ndim > 1 else parts
+    return by_row.to(like.dtype).sum_to_size(like.shape)
 
 
 def _uniform_again(ctx: Any) -> Tensor:
@@ -138,9 +147,11 @@ def _uniform_again(ctx: Any) -> Tensor:
 
 
 def _uniform_rows(v: Tensor, s: Tensor, n: Tensor, p: Tensor, *, compiled: bool) -> Tensor:
+    if not compiled:
+        return _uniform.function(v, s, n, p)
     order = row_order(v)
     rows = to_rows(v, order)
-    return from_rows(_uniform(rows, column(s, rows), n, p, compiled=compiled), v, order)
+    return from_rows(_uniform(rows, column(s, rows), n, p), v, order)
 
 
 @Kernel
@@ -152,7 +163,18 @@ def _uniform(v: Tensor, s: Tensor, n: Tensor, p: Tensor) -> Tensor:
 def _uniform_gradients(
     v: Tensor, upstream: Tensor, s: Tensor, n: Tensor, p: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[Esser2020] Eqs. 1-3 and 5; [Zhou2025] Eqs. 5-7 with s_a in every place."""
+    grad_v, parts = _uniform_slopes(v, upstream, s, n, p)
+    return grad_v, parts.sum(dim=1, keepdim=True).to(s.dtype)
+
+
+def _uniform_slopes(
+    v: Tensor, upstream: Tensor, s: Tensor, n: Tensor, p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[Esser2020] Eqs. 1-3 and 5; [Zhou2025] Eqs. 5-7 with s_a in every place.
+
+    Returns:
+        Gradient to v, and each element's part of the gradient to s.
+    """
     r = upstream.to(computing_dtype(v, s))
     z = _clip_(v.to(r.dtype) / s, n, p)
     # Comparisons into floating point are vectorized; boolean masks cost ten times as much.
@@ -162,29 +184,33 @@ def _uniform_gradients(
     grad_v = torch.mul(r, inside, out=below).to(v.dtype)
     # d v_hat / d s: round(z) - z inside, n below, p above.
     inside.mul_(z)
-    grad_s = z.round_().sub_(inside).mul_(r).sum(dim=1, keepdim=True)
-    return grad_v, grad_s.to(s.dtype)
+    return grad_v, z.round_().sub_(inside).mul_(r)
 
 
 class _Clipped(Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, alpha: Tensor, unit_levels: Tensor, n_values: int) -> Tensor:
+    def forward(ctx: Any, v: Tensor, alpha: Tensor, unit_levels: Tensor, compiled: bool) -> Tensor:
         ctx.save_for_backward(v, alpha, unit_levels)
-        ctx.compiled = pays(n_values, trains=any(ctx.needs_input_grad))
+        ctx.compiled = compiled
+        tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
+        if not compiled and v.is_contiguous():
+            return _clipped.function(v, alpha, *tables)
         order = row_order(v)
         rows = to_rows(v, order)
-        tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
-        out = _clipped(rows, column(alpha, rows), *tables, compiled=ctx.compiled)
+        out = _clipped(rows, column(alpha, rows), *tables, compiled=compiled)
         return from_rows(out, v, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v, alpha, unit_levels = ctx.saved_tensors
+        tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
+        if not ctx.compiled and v.is_contiguous():
+            grad_v, parts = _clipped_slopes(v, gradients[0], alpha, *tables)
+            return grad_v, _gathered(parts, alpha), None, None
         order = row_order(v)
         rows = to_rows(v, order)
         upstream = to_rows(gradients[0], order)
-        tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
         grad_v, grad_alpha = _clipped_gradients(
             rows, upstream, column(alpha, rows), *tables, compiled=ctx.compiled
         )
@@ -201,15 +227,25 @@ def _clipped(v: Tensor, alpha: Tensor, unit_levels: Tensor, midpoints: Tensor) -
 def _clipped_gradients(
     v: Tensor, upstream: Tensor, alpha: Tensor, unit_levels: Tensor, midpoints: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """POT and POST with a learned alpha: [Zhou2025] Eqs. 3 and 17, gradients of its public code."""
+    grad_v, parts = _clipped_slopes(v, upstream, alpha, unit_levels, midpoints)
+    return grad_v, parts.sum(dim=1, keepdim=True).to(alpha.dtype)
+
+
+def _clipped_slopes(
+    v: Tensor, upstream: Tensor, alpha: Tensor, unit_levels: Tensor, midpoints: Tensor
+) -> tuple[Tensor, Tensor]:
+    """POT and POST with a learned alpha: [Zhou2025] Eqs. 3 and 17, gradients of its public code.
+
+    Returns:
+        Gradient to v, and each element's part of the gradient to alpha.
+    """
     r = upstream.to(unit_levels.dtype)
     z = v.to(r.dtype) / alpha
     q, _ = nearest_level(z, unit_levels, midpoints)
     outside = z.abs() > 1
     # d v_hat / d alpha: q - z inside, sign(v) outside, where q is -1 or 1.
     slope = q - z.masked_fill(outside, 0)
-    grad_alpha = (slope * r).sum(dim=1, keepdim=True)
-    return r.masked_fill(outside, 0).to(v.dtype), grad_alpha.to(alpha.dtype)
+    return r.masked_fill(outside, 0).to(v.dtype), slope * r
 
 
 class _Identity(Function):

@@ -90,11 +90,11 @@ class AdqWeight(WeightQuantizer):
         return quantile(magnitudes.unsqueeze(0), shares / (self._n_side + spacing))[0]
 
     def _quantize(self, values: Tensor) -> Tensor:
+        compiled = pays(self.input_values)
         with torch.no_grad():
             order = row_order(values)
             weights = to_rows(values, order).to(computing_dtype(values, self.codebook))
             levels, midpoints = nearest_tables(self.codebook.to(weights.dtype))
-            compiled = pays(self.input_values, trains=values.requires_grad)
             quantized, index = _snap(weights, levels, midpoints, compiled=compiled)
             if self.training:
                 self._move_codebook_(weights - quantized, index, len(levels))

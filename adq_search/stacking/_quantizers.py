@@ -242,15 +242,18 @@ class Factors(nn.Module):
         """
         n, k, _ = rows.shape
         p = self.stacked
-        means = rows.view(n, k, self._n_channels, -1).mean(dim=-1)
-        out = means.index_select(1, self.slots).transpose(0, 1)  # shape: (slots, N, C)
-        if "hidden_weight" in p:
-            weight = p["hidden_weight"].transpose(1, 2)
-            out = F.relu(torch.baddbmm(p["hidden_bias"].unsqueeze(1), out, weight))
-        weight = p["output_weight"].transpose(1, 2)
-        out = F.relu(torch.baddbmm(p["output_bias"].unsqueeze(1), out, weight))
-        found = out.squeeze(-1).clamp(min=SMALLEST_FACTOR)  # shape: (slots, N)
-        return rows.new_ones(n, k).index_copy(1, self.slots, found.transpose(0, 1))
+        # Adapters stay in their own precision.
+        with torch.autocast(rows.device.type, enabled=False):
+            dtype = p["output_weight"].dtype
+            means = rows.view(n, k, self._n_channels, -1).mean(dim=-1, dtype=dtype)
+            out = means.index_select(1, self.slots).transpose(0, 1)  # shape: (slots, N, C)
+            if "hidden_weight" in p:
+                weight = p["hidden_weight"].transpose(1, 2)
+                out = F.relu(torch.baddbmm(p["hidden_bias"].unsqueeze(1), out, weight))
+            weight = p["output_weight"].transpose(1, 2)
+            out = F.relu(torch.baddbmm(p["output_bias"].unsqueeze(1), out, weight))
+            found = out.squeeze(-1).clamp(min=SMALLEST_FACTOR)  # shape: (slots, N)
+            return found.new_ones(n, k).index_copy(1, self.slots, found.transpose(0, 1))
 
     @torch.no_grad()
     def unstack_(self) -> None:

@@ -25,7 +25,7 @@ from tests.servers import Database
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 N_TRIALS = 40
-N_KILLS = 12
+N_KILLS = 18
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
@@ -115,7 +115,8 @@ class Campaign:
     def wait_for(self, n_finished):
         deadline = time.monotonic() + 60
         while len(self.finished()) < n_finished:
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, self.said()
+            assert self.driver.exitcode in (None, 0), self.said()
             time.sleep(0.05)
 
     def stop(self):
