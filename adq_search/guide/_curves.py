@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from adq_search.guide._decisions import Floats
 
@@ -40,7 +40,7 @@ class Forecast:
 
     def at_best(self, confidence: float) -> float:
         """Return the value that the end will not be below, with a confidence of 0.5 to 1."""
-        return float(self.end - student.ppf(confidence, self.freedom) * self.error)
+        return float(self.end - stdtrit(self.freedom, confidence) * self.error)
 
 
 def forecast_end(scores: Floats, ends: Floats, score: float) -> Forecast | None:
