@@ -10,23 +10,16 @@ from typing import Any
 import optuna
 import torch
 
-from adq_search.errors import MissingExtraError, StorageError
+from adq_search.errors import StorageError
 from adq_search.files import read_json, write_json
 from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
 from adq_search.plan import Plan, check_fingerprint
+from adq_search.plugins._ray_installed import ray, tune
 from adq_search.plugins.optuna_sampler import make_sampler
+from adq_search.plugins.ray_searcher import PolicySearcher
 from adq_search.progress import Progress
 from adq_search.provenance import now
 from adq_search.session import Session, reopen
-
-try:
-    import ray
-    from ray import tune
-
-    from adq_search.plugins.ray_searcher import PolicySearcher
-except ImportError as error:
-    msg = "The host 'ray' needs Ray Tune. Install it: pip install 'adq-search[ray]'"
-    raise MissingExtraError(msg) from error
 
 _TRIALS = "ray_trials"
 

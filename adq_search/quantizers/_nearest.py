@@ -46,33 +46,11 @@ def nearest_level(values: Tensor, levels: Tensor, midpoints: Tensor) -> tuple[Te
     return torch.where(values.isnan(), values, found), index
 
 
-def look_up(table: Tensor, indices: Tensor) -> Tensor:
-    """Return `table[indices]`, NaN for the index past the end, in the indices' memory layout.
-
-    Args:
-        table: # shape: (levels,)
-        indices: Any shape, 0 to levels, dense in memory.
-
-    Returns:
-        Same shape as `indices`.
-    """
-    packed, back = dense(indices)
-    padded = torch.cat([table, table.new_full((1,), torch.nan)])
-    return padded.index_select(0, packed.reshape(-1)).view(packed.shape).permute(back)
-
-
 def count_below(values: Tensor, thresholds: Tensor) -> Tensor:
     """Count thresholds below each value; NaN counts one more than there are, so it stays known."""
-    packed, back = dense(values)
+    # Contiguous memory without a copy where channels lie last, and the way back.
+    order = sorted(range(values.ndim), key=values.stride, reverse=True)
+    back = sorted(range(values.ndim), key=order.__getitem__)
+    packed = values.permute(order).contiguous()
     thresholds = torch.cat([thresholds, thresholds.new_full((1,), torch.inf)])
     return torch.bucketize(packed, thresholds.to(packed.dtype), out_int32=True).permute(back)
-
-
-def dense(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """Permute to contiguous memory (channels-last stays uncopied); also the way back."""
-    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    return tensor.permute(order).contiguous(), inverse(order)
-
-
-def inverse(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)

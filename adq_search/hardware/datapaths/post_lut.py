@@ -15,37 +15,17 @@ from adq_search.hardware.datapaths._base import (
     Datapath,
     MacJob,
     Widths,
-    dyadic_bits,
     shifter_size,
 )
 from adq_search.hardware.datapaths._registry import register_datapath
+from adq_search.hardware.datapaths._rounded_root import RoundedRoot
 
 
 @register_datapath("post_lut")
-class PostLut(Datapath):
-    """One table column of 2^b_a entries (A / sqrt 2, b_a + f bits), then a shift.
-
-        S = floor(k_max / 2)      P = b_a + f + S      W = P + 1 + ceil(log2 N)
-
-    Args:
-        fraction_bits: f, 0 to 8.
-    """
+class PostLut(RoundedRoot):
+    """One table column of 2^b_a entries (A / sqrt 2, b_a + f bits), then a shift."""
 
     name = "post_lut"
-
-    def __init__(self, fraction_bits: int = 2) -> None:
-        self.fraction_bits = fraction_bits
-
-    def widths(self, job: MacJob) -> Widths:
-        product = job.input_bits + self.fraction_bits + job.largest_exponent // 2
-        return Widths(product, accumulator=product + 1 + job.carry_bits)
-
-    def is_exact(self, job: MacJob) -> bool:
-        needed = dyadic_bits(job)
-        return needed is not None and self.fraction_bits >= needed
-
-    def array_size(self, job: MacJob) -> float:
-        return shifter_size(self.widths(job).product, job.largest_exponent // 2)
 
     def table_bits(self, job: MacJob) -> int:
         return int(2**job.input_bits) * (job.input_bits + self.fraction_bits)
