@@ -31,7 +31,6 @@ class QuantLayer(nn.Module):
     input_quantizer: InputQuantizer
 
     def _quantized(self, weight: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
-        self.weight_quantizer.input_values = input.numel()
         return self.weight_quantizer(weight), self.input_quantizer(input)
 
 

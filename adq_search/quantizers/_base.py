@@ -269,8 +269,6 @@ class WeightQuantizer(Quantizer):
             msg = f"Quantizer '{self.name}' has no codebook: leave ema_momentum={ema_momentum} out."
             raise QuantizerError(msg)
         self.weight_shape = tuple(weight_shape)
-        #: Values of the layer's last input: its weights are compiled where its inputs are.
-        self.input_values = 0
 
     @classmethod
     def error_floor(cls, **options: OptionValue) -> ErrorFloor | None:

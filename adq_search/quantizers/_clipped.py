@@ -25,7 +25,7 @@ from adq_search.policy import OptionValue
 from adq_search.quantizers._base import WeightQuantizer, check_bits
 from adq_search.quantizers._calibration import EPS, computing_dtype, quantile
 from adq_search.quantizers._nearest import nearest_index
-from adq_search.quantizers._through import clipped_through, positive_step
+from adq_search.quantizers._through import clipped_through
 
 INITIAL_QUANTILE = 0.99
 
@@ -46,7 +46,6 @@ class ClippedPowerWeight(WeightQuantizer):
 
     signs: Tensor
     exponents: Tensor
-    group_size: Tensor
 
     def __init__(
         self,
@@ -63,7 +62,6 @@ class ClippedPowerWeight(WeightQuantizer):
         # Small integers rather than levels: exact in every dtype the module is moved to.
         self.register_buffer("signs", torch.cat([-one, zero, one]))
         self.register_buffer("exponents", torch.cat([fall, zero, fall.flip(0)]))
-        self.register_buffer("group_size", torch.tensor(float(self._n_group())))
         self.threshold = nn.Parameter(torch.ones(self._group_shape()))
 
     @classmethod
@@ -90,10 +88,8 @@ class ClippedPowerWeight(WeightQuantizer):
         self.threshold.copy_(torch.where(alive, thresholds, spare).view(self.threshold.shape))
 
     def _quantize(self, values: Tensor) -> Tensor:
-        threshold = positive_step(self.threshold, torch.rsqrt(self.group_size))
-        dtype = computing_dtype(values, threshold)
-        levels = self._unit_levels(dtype)
-        return clipped_through(values, threshold, levels, n_values=self.input_values)
+        levels = self._unit_levels(computing_dtype(values, self.threshold))
+        return clipped_through(values, self.threshold, levels, self._n_group() ** -0.5)
 
     def _codes(self, values: Tensor) -> Tensor:
         scaled = self._scaled(values)

@@ -4,13 +4,12 @@ A quantizer's arithmetic is cheap, but as separate tensor operations it reads an
 dozen times. `torch.compile` makes one loop of it. Everything that a policy decides (code ranges,
 steps, levels) comes in as a tensor and sizes are symbolic, so a new policy compiles nothing.
 
-`ADQ_SEARCH_COMPILE` chooses: `auto` (large tensors, where a compiler is), `on` (all tensors; an
-error where there is no compiler), `off`. Compiled code is kept on disk (`TORCHINDUCTOR_CACHE_DIR`).
+This is for GPUs; on CPUs it takes twice the time of `_native`, and more by call. Compiled code is
+kept on disk (`TORCHINDUCTOR_CACHE_DIR`). `_modes` says how to choose.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from functools import cached_property
@@ -19,13 +18,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from adq_search.errors import AdqSearchWarning, QuantizerError
+from adq_search.errors import AdqSearchWarning
+from adq_search.quantizers._modes import compile_mode
 
-MODES = ("auto", "on", "off")
-#: Values of a layer's input in one step from which on compiling is worth a process's seconds of
-#: start-up (`auto`). Evaluation takes larger batches, and fewer of them.
-COMPILE_FROM = 2**17
-COMPILE_FROM_IN_EVALUATION = 2**20
 #: Sizes that code is generated for. All others run the same code: speed and the order of sums
 #: must not depend on which layer came first.
 _ROWS, _ENTRIES = 64, 256
@@ -82,7 +77,7 @@ class Kernel(Generic[Out]):
             try:
                 self._compiled(*(_example(tensor, is_long=is_long) for tensor in tensors))
             except Exception as error:  # no compiler, no headers, an old driver: torch has many
-                if compile_mode() == "on":
+                if compile_mode() == "inductor":
                     raise
                 self._ready[key] = False
                 msg = (
@@ -96,30 +91,10 @@ class Kernel(Generic[Out]):
         return self._ready[key]
 
 
-def pays(n_values: int) -> bool:
-    """Return whether to compile for a layer: fewer values do where gradients are recorded.
-
-    Args:
-        n_values: Values of the layer's input.
-    """
-    mode = compile_mode()
-    if mode == "auto":
-        trains = torch.is_grad_enabled()
-        return n_values >= (COMPILE_FROM if trains else COMPILE_FROM_IN_EVALUATION)
-    return mode == "on"
-
-
-def compile_mode() -> str:
-    """Return what `ADQ_SEARCH_COMPILE` says, `auto` by default.
-
-    Raises:
-        QuantizerError: It says something else.
-    """
-    mode = os.environ.get("ADQ_SEARCH_COMPILE", "auto")
-    if mode not in MODES:
-        msg = f"ADQ_SEARCH_COMPILE is one of {', '.join(MODES)}, not {mode!r}. Correct it."
-        raise QuantizerError(msg)
-    return mode
+def compiles(values: Tensor) -> bool:
+    """Return whether kernels over `values` are to be compiled."""
+    is_cpu = values.device.type == "cpu"
+    return compile_mode() in (("inductor",) if is_cpu else ("auto", "native", "inductor"))
 
 
 def _example(tensor: Tensor, *, is_long: bool) -> Tensor:

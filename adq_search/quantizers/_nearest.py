@@ -20,27 +20,31 @@ def nearest_index(values: Tensor, levels: Tensor) -> Tensor:
     Returns:
         int32 indices, same shape.
     """
-    return count_below(values, (levels[1:] + levels[:-1]) / 2)
+    return count_below(values, midpoints(levels))
+
+
+def midpoints(levels: Tensor) -> Tensor:
+    """Return the midpoints between sorted levels, # shape: (levels - 1,)."""
+    return (levels[1:] + levels[:-1]) / 2
 
 
 def nearest_tables(levels: Tensor) -> tuple[Tensor, Tensor]:
     """Return levels and the midpoints between them as `nearest_level` takes them, both padded."""
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    return padded(levels, math.nan), padded(midpoints, like=levels)
+    return padded(levels, math.nan), padded(midpoints(levels), like=levels)
 
 
-def nearest_level(values: Tensor, levels: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_level(values: Tensor, levels: Tensor, cuts: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest level and its index; a tie takes the lower one. For use in kernels.
 
     Args:
         values: # shape: (rows, n)
         levels: Sorted, in the dtype of `values`, padded, # shape: (entries,)
-        midpoints: Padded, # shape: (entries,)
+        cuts: Midpoints between them, padded, # shape: (entries,)
 
     Returns:
         Levels, NaN for NaN; int64 indices, the last one of the table for NaN.
     """
-    index = rank(values, midpoints).long()
+    index = rank(values, cuts).long()
     index = torch.where(values.isnan(), len(levels) - 1, index)
     found = levels.index_select(0, index.flatten()).view(values.shape)
     return torch.where(values.isnan(), values, found), index

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from adq_search.quantizers import _native
 from adq_search.quantizers._calibration import computing_dtype
-from adq_search.quantizers._compile import Kernel, pays
+from adq_search.quantizers._compile import Kernel, compiles
 from adq_search.quantizers._intervals import interval_entry, interval_sums, padded, rank
 from adq_search.quantizers._nearest import count_below
 from adq_search.quantizers._rows import from_rows, row_order, to_rows
@@ -46,8 +48,7 @@ def thresholds_through(
     Returns:
         Quantized values, in the dtype of `values`.
     """
-    compiled = pays(values.numel())
-    out: Tensor = _Thresholds.apply(values, start, widths, *scales, qmin, compiled)
+    out: Tensor = _Thresholds.apply(values, start, widths, *scales, qmin)
     return out
 
 
@@ -62,46 +63,50 @@ class _Thresholds(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        s: Tensor,
-        a: Tensor,
-        beta_1: Tensor,
-        beta_2: Tensor,
-        n: Tensor,
-        compiled: bool,
+        ctx: Any, x: Tensor, s: Tensor, a: Tensor, beta_1: Tensor, beta_2: Tensor, n: Tensor
     ) -> Tensor:
-        order = row_order(x)
-        thresholds = padded(_thresholds(_knots(s, a), a).to(computing_dtype(x, a)))
-        ctx.compiled = compiled
+        thresholds = _thresholds(_knots(s, a), a).to(computing_dtype(x, a))
         step = _output_step(a, beta_2)
-        rows, index = _quantize(
-            to_rows(x, order), thresholds, beta_1, step, n, compiled=ctx.compiled
-        )
+        ctx.is_native = _native.takes(x, thresholds, beta_1, step, n)
+        ctx.again = _levels_again
+        if ctx.is_native:
+            out, index = _native.thresholds(x, beta_1, thresholds, step, n)
+        else:
+            order = row_order(x)
+            rows, index = _quantize(
+                to_rows(x, order), padded(thresholds), beta_1, step, n, compiled=compiles(x)
+            )
+            out = from_rows(rows, x, order)
         # One byte an element spares the backward pass a second search.
         ctx.save_for_backward(x, s, a, beta_1, beta_2, n, index)
-        ctx.again = _levels_again
-        return from_rows(rows, x, order)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, s, a, beta_1, beta_2, n, index = ctx.saved_tensors
-        order = row_order(x)
         m, d = a.numel(), 2 / a.numel()
         dtype = computing_dtype(x, a)
         knots = _knots(s, a)
         slope = beta_2 * d / a
-        grad_x, r_interval, r_distance, r_code = _gradients(
-            to_rows(x, order),
-            to_rows(gradients[0], order),
-            index,
-            beta_1,
-            padded(knots.to(dtype)),
-            padded((slope * beta_1).to(dtype), 0.0, like=knots),
-            n,
-            compiled=ctx.compiled,
-        )
+        if ctx.is_native:
+            slopes = F.pad(slope * beta_1, (0, 1))
+            grad_x, r_interval, r_distance, r_code = _native.thresholds_backward(
+                x, gradients[0], index, beta_1, knots, slopes, n
+            )
+        else:
+            order = row_order(x)
+            rows, r_interval, r_distance, r_code = _gradients(
+                to_rows(x, order),
+                to_rows(gradients[0], order),
+                index,
+                beta_1,
+                padded(knots.to(dtype)),
+                padded((slope * beta_1).to(dtype), 0.0, like=knots),
+                n,
+                compiled=compiles(x),
+            )
+            grad_x = from_rows(rows, x, order)
         # Sums over the elements of intervals 1..M of R, and of R times the distance from the left.
         r_interval, r_distance = r_interval[:m], r_distance[:m]
         # Every interval pushes those after it: dg/ds = -D/a_i, and the same for a_j with j < i.
@@ -110,15 +115,16 @@ class _Thresholds(Function):
         grad_a = push.cumsum(0) + grad_s - slope * r_distance / a
         grad_beta_1 = (slope * (r_distance + knots[:-1] * r_interval)).sum() / beta_1
         trained = (grad_s, grad_a, grad_beta_1, d * r_code)
-        grad_x = from_rows(grad_x, x, order)
-        return grad_x, *(gradient.to(a.dtype) for gradient in trained), None, None
+        return grad_x, *(gradient.to(a.dtype) for gradient in trained), None
 
 
 def _levels_again(ctx: Any) -> Tensor:
     x, _, a, _, beta_2, n, index = ctx.saved_tensors
-    order = row_order(x)
     step = _output_step(a, beta_2)
-    rows = _levels(to_rows(x, order), index, step, n, compiled=ctx.compiled)
+    if ctx.is_native:
+        return _native.thresholds_again(x, index, step, n)
+    order = row_order(x)
+    rows = _levels(to_rows(x, order), index, step, n, compiled=compiles(x))
     return from_rows(rows, x, order)
 
 

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from adq_search.quantizers import _native
 from adq_search.quantizers._calibration import EPS, computing_dtype
-from adq_search.quantizers._compile import Kernel, pays
-from adq_search.quantizers._nearest import nearest_level, nearest_tables
+from adq_search.quantizers._compile import Kernel, compiles
+from adq_search.quantizers._nearest import midpoints, nearest_level, nearest_tables
 from adq_search.quantizers._rows import column, from_column, from_rows, row_order, to_rows
 
 # torch leaves Function.apply without annotations.
@@ -53,23 +54,23 @@ def lsq_gradient_scale(qmax: Tensor, n_values: int) -> Tensor:
 
 
 def uniform_through(
-    values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor, *, n_values: int
+    values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor, *, n_features: int | None
 ) -> Tensor:
     """Quantize uniformly with LSQ's gradients to the values and to the step.
 
     Args:
         values: Any shape.
-        step: Positive; one, or one for each entry of the first dimension (a channel of weights, a
-            sample of inputs).
+        step: One, or one for each entry of the first dimension (a channel of weights, a sample of
+            inputs).
         qmin: Smallest code, # shape: ()
         qmax: Largest code, # shape: ()
-        n_values: Values of the layer's input, which decide whether compiling pays.
+        n_features: N in the gradient scale of a trained step, which is used as `positive_step`
+            does. None takes positive steps as they are, and their gradient unscaled.
 
     Returns:
         `clip(round(values / step), qmin, qmax) * step`, in the dtype of `values`.
     """
-    compiled = pays(n_values)
-    return _Uniform.apply(values, step, qmin, qmax, compiled)  # type: ignore[no-any-return]
+    return _Uniform.apply(values, step, qmin, qmax, n_features)  # type: ignore[no-any-return]
 
 
 def uniform_integers(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
@@ -79,21 +80,21 @@ def uniform_integers(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -
 
 
 def clipped_through(
-    values: Tensor, threshold: Tensor, unit_levels: Tensor, *, n_values: int
+    values: Tensor, threshold: Tensor, unit_levels: Tensor, gradient_scale: float
 ) -> Tensor:
     """Quantize to the nearest of `threshold * unit_levels` with a learned clipping threshold.
 
     Args:
         values: Any shape.
-        threshold: Positive; one, or one for each entry of the first dimension.
+        threshold: Trained: one, or one for each entry of the first dimension; used as
+            `positive_step` does.
         unit_levels: Sorted levels from -1 to 1, # shape: (levels,)
-        n_values: Values of the layer's input, which decide whether compiling pays.
+        gradient_scale: Of the gradient to the threshold.
 
     Returns:
         Quantized values, in the dtype of `values`.
     """
-    compiled = pays(n_values)
-    return _Clipped.apply(values, threshold, unit_levels, compiled)  # type: ignore[no-any-return]
+    return _Clipped.apply(values, threshold, unit_levels, gradient_scale)  # type: ignore[no-any-return]
 
 
 def straight_through(values: Tensor, quantized: Tensor) -> Tensor:
@@ -111,47 +112,80 @@ class _PositiveStep(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         raw, gradient_scale = ctx.saved_tensors
-        return torch.where(raw < 0, -gradients[0], gradients[0]) * gradient_scale, None
+        return _signed(raw, gradients[0]) * gradient_scale, None
 
 
 class _Uniform(Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, s: Tensor, n: Tensor, p: Tensor, compiled: bool) -> Tensor:
-        ctx.save_for_backward(v, s, n, p)
-        ctx.compiled = compiled
+    def forward(
+        ctx: Any, v: Tensor, raw: Tensor, n: Tensor, p: Tensor, n_features: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(v, raw, n, p)
+        ctx.n_features = n_features
         ctx.again = _uniform_again
-        return _uniform_rows(v, s, n, p, compiled=ctx.compiled)
+        return uniform_values(v, raw, n, p, n_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        v, s, n, p = ctx.saved_tensors
-        if not ctx.compiled:
-            grad_v, parts = _uniform_slopes(v, gradients[0], s, n, p)
-            return grad_v, _gathered(parts, s), None, None, None
+        v, raw, n, p = ctx.saved_tensors
+        grad_v, grad_raw = uniform_gradients(v, gradients[0], raw, n, p, ctx.n_features)
+        return grad_v, grad_raw, None, None, None
+
+
+def _uniform_again(ctx: Any) -> Tensor:
+    v, raw, n, p = ctx.saved_tensors
+    return uniform_values(v, raw, n, p, ctx.n_features)
+
+
+def uniform_values(v: Tensor, raw: Tensor, n: Tensor, p: Tensor, n_features: int | None) -> Tensor:
+    """Return the values of `uniform_through`, without a graph."""
+    smallest = 0.0 if n_features is None else EPS
+    if _native.takes(v, raw, n, p):
+        return _native.uniform(v, raw, smallest, n, p)
+    s = _used(raw, smallest)
+    if not compiles(v):
+        return _uniform.function(v, s, n, p)
+    order = row_order(v)
+    rows = to_rows(v, order)
+    return from_rows(_uniform(rows, column(s, rows), n, p), v, order)
+
+
+def uniform_gradients(
+    v: Tensor, upstream: Tensor, raw: Tensor, n: Tensor, p: Tensor, n_features: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `uniform_through` to the values and to the step."""
+    smallest = 0.0 if n_features is None else EPS
+    scale = None if n_features is None else lsq_gradient_scale(p, n_features)
+    if _native.takes(v, raw, n, p):
+        factor = 1.0 if scale is None else float(scale)
+        return _native.uniform_backward(v, upstream, raw, smallest, n, p, factor)
+    s = _used(raw, smallest)
+    if not compiles(v):
+        grad_v, parts = _uniform_slopes(v, upstream, s, n, p)
+        grad_s = _gathered(parts, s)
+    else:
         order = row_order(v)
         rows = to_rows(v, order)
-        upstream = to_rows(gradients[0], order)
-        grad_v, grad_s = _uniform_gradients(rows, upstream, column(s, rows), n, p)
-        return from_rows(grad_v, v, order), from_column(grad_s, s), None, None, None
+        grad_v, sums = _uniform_gradients(rows, to_rows(upstream, order), column(s, rows), n, p)
+        grad_v, grad_s = from_rows(grad_v, v, order), from_column(sums, s)
+    return grad_v, grad_s if scale is None else _signed(raw, grad_s) * scale
+
+
+def _used(raw: Tensor, smallest: float) -> Tensor:
+    """The step in use, for a trained one with a positive `smallest`."""
+    return raw.abs().clamp(min=smallest) if smallest else raw
+
+
+def _signed(raw: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient to `raw` of max(|raw|, smallest); it passes below `smallest` too."""
+    return torch.where(raw < 0, -gradient, gradient)
 
 
 def _gathered(parts: Tensor, like: Tensor) -> Tensor:
     """Sum elements' parts of a gradient to the shape of a parameter, rows first, as kernels do."""
     by_row = parts.sum(dim=list(range(1, parts.ndim)), keepdim=True) if parts.ndim > 1 else parts
     return by_row.to(like.dtype).sum_to_size(like.shape)
-
-
-def _uniform_again(ctx: Any) -> Tensor:
-    return _uniform_rows(*ctx.saved_tensors, compiled=ctx.compiled)
-
-
-def _uniform_rows(v: Tensor, s: Tensor, n: Tensor, p: Tensor, *, compiled: bool) -> Tensor:
-    if not compiled:
-        return _uniform.function(v, s, n, p)
-    order = row_order(v)
-    rows = to_rows(v, order)
-    return from_rows(_uniform(rows, column(s, rows), n, p), v, order)
 
 
 @Kernel
@@ -189,50 +223,65 @@ def _uniform_slopes(
 
 class _Clipped(Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, alpha: Tensor, unit_levels: Tensor, compiled: bool) -> Tensor:
-        ctx.save_for_backward(v, alpha, unit_levels)
-        ctx.compiled = compiled
+    def forward(
+        ctx: Any, v: Tensor, raw: Tensor, unit_levels: Tensor, gradient_scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(v, raw, unit_levels)
+        ctx.gradient_scale = gradient_scale
+        ctx.is_native = _native.takes(v, raw, unit_levels)
+        if ctx.is_native:
+            return _native.clipped(v, raw, EPS, unit_levels, midpoints(unit_levels))
+        alpha = _used(raw, EPS)
         tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
-        if not compiled and v.is_contiguous():
+        if not compiles(v) and v.is_contiguous():
             return _clipped.function(v, alpha, *tables)
         order = row_order(v)
         rows = to_rows(v, order)
-        out = _clipped(rows, column(alpha, rows), *tables, compiled=compiled)
+        out = _clipped(rows, column(alpha, rows), *tables, compiled=compiles(v))
         return from_rows(out, v, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        v, alpha, unit_levels = ctx.saved_tensors
+        v, raw, unit_levels = ctx.saved_tensors
+        if ctx.is_native:
+            grad_v, grad_raw = _native.clipped_backward(
+                *(v, gradients[0], raw, EPS, unit_levels, midpoints(unit_levels)),
+                ctx.gradient_scale,
+            )
+            return grad_v, grad_raw, None, None
+        alpha = _used(raw, EPS)
         tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
-        if not ctx.compiled and v.is_contiguous():
+        if not compiles(v) and v.is_contiguous():
             grad_v, parts = _clipped_slopes(v, gradients[0], alpha, *tables)
-            return grad_v, _gathered(parts, alpha), None, None
-        order = row_order(v)
-        rows = to_rows(v, order)
-        upstream = to_rows(gradients[0], order)
-        grad_v, grad_alpha = _clipped_gradients(
-            rows, upstream, column(alpha, rows), *tables, compiled=ctx.compiled
-        )
-        return from_rows(grad_v, v, order), from_column(grad_alpha, alpha), None, None
+            grad_alpha = _gathered(parts, alpha)
+        else:
+            order = row_order(v)
+            rows = to_rows(v, order)
+            upstream = to_rows(gradients[0], order)
+            grad_v, sums = _clipped_gradients(
+                rows, upstream, column(alpha, rows), *tables, compiled=compiles(v)
+            )
+            grad_v, grad_alpha = from_rows(grad_v, v, order), from_column(sums, alpha)
+        return grad_v, _signed(raw, grad_alpha) * ctx.gradient_scale, None, None
 
 
 @Kernel
-def _clipped(v: Tensor, alpha: Tensor, unit_levels: Tensor, midpoints: Tensor) -> Tensor:
-    q, _ = nearest_level(v.to(unit_levels.dtype) / alpha, unit_levels, midpoints)
+def _clipped(v: Tensor, alpha: Tensor, unit_levels: Tensor, cuts: Tensor) -> Tensor:
+    q, _ = nearest_level(v.to(unit_levels.dtype) / alpha, unit_levels, cuts)
     return (q * alpha).to(v.dtype)
 
 
 @Kernel
 def _clipped_gradients(
-    v: Tensor, upstream: Tensor, alpha: Tensor, unit_levels: Tensor, midpoints: Tensor
+    v: Tensor, upstream: Tensor, alpha: Tensor, unit_levels: Tensor, cuts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad_v, parts = _clipped_slopes(v, upstream, alpha, unit_levels, midpoints)
+    grad_v, parts = _clipped_slopes(v, upstream, alpha, unit_levels, cuts)
     return grad_v, parts.sum(dim=1, keepdim=True).to(alpha.dtype)
 
 
 def _clipped_slopes(
-    v: Tensor, upstream: Tensor, alpha: Tensor, unit_levels: Tensor, midpoints: Tensor
+    v: Tensor, upstream: Tensor, alpha: Tensor, unit_levels: Tensor, cuts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """POT and POST with a learned alpha: [Zhou2025] Eqs. 3 and 17, gradients of its public code.
 
@@ -241,7 +290,7 @@ def _clipped_slopes(
     """
     r = upstream.to(unit_levels.dtype)
     z = v.to(r.dtype) / alpha
-    q, _ = nearest_level(z, unit_levels, midpoints)
+    q, _ = nearest_level(z, unit_levels, cuts)
     outside = z.abs() > 1
     # d v_hat / d alpha: q - z inside, sign(v) outside, where q is -1 or 1.
     slope = q - z.masked_fill(outside, 0)

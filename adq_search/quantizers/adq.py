@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from adq_search.policy import OptionValue
+from adq_search.quantizers import _native
 from adq_search.quantizers._base import WEIGHT_QUANTIZERS, WeightQuantizer, check_bits
 from adq_search.quantizers._calibration import computing_dtype, quantile
-from adq_search.quantizers._compile import Kernel, pays
-from adq_search.quantizers._nearest import nearest_index, nearest_level, nearest_tables
+from adq_search.quantizers._compile import Kernel, compiles
+from adq_search.quantizers._nearest import midpoints, nearest_index, nearest_level, nearest_tables
 from adq_search.quantizers._rows import from_rows, row_order, to_rows
 from adq_search.quantizers._through import straight_through
 
@@ -90,33 +91,23 @@ class AdqWeight(WeightQuantizer):
         return quantile(magnitudes.unsqueeze(0), shares / (self._n_side + spacing))[0]
 
     def _quantize(self, values: Tensor) -> Tensor:
-        compiled = pays(self.input_values)
         with torch.no_grad():
-            order = row_order(values)
-            weights = to_rows(values, order).to(computing_dtype(values, self.codebook))
-            levels, midpoints = nearest_tables(self.codebook.to(weights.dtype))
-            quantized, index = _snap(weights, levels, midpoints, compiled=compiled)
+            quantized, sums, counts = _snapped(values.detach(), self.codebook)
             if self.training:
-                self._move_codebook_(weights - quantized, index, len(levels))
-        return straight_through(values, from_rows(quantized, values, order).to(values.dtype))
+                self._move_codebook_(sums, counts)
+        return straight_through(values, quantized)
 
-    def _move_codebook_(self, errors: Tensor, index: Tensor, n_entries: int) -> None:
+    def _move_codebook_(self, sums: Tensor, counts: Tensor) -> None:
         """Take the EMA step, written as c_j + (1 - m) mean(w - c_j): small numbers are averaged.
 
         Levels cannot change order: a mean lies within its level's interval. Nothing waits for the
         values, so a GPU is not held up.
 
         Args:
-            errors: Weights less their levels, # shape: (rows, n)
-            index: Their levels; those of NaN are beyond the codebook, # shape: (rows, n)
-            n_entries: Indices there are.
+            sums: By level, the sum of weights less their level, # shape: (levels,)
+            counts: By level, how many weights there are, # shape: (levels,)
         """
-        n_levels = self.codebook.numel()
-        sums = errors.new_zeros(2, len(errors), n_entries)
-        ones = torch.ones_like(errors)
-        total = sums[0].scatter_add_(1, index, errors).sum(dim=0)[:n_levels]
-        count = sums[1].scatter_add_(1, index, ones).sum(dim=0)[:n_levels]
-        means = total / count.clamp(min=1)
+        means = sums / counts.clamp(min=1)
         means[self._n_side] = 0
         self.codebook.add_((means * (1 - self.momentum)).to(self.codebook.dtype))
 
@@ -133,6 +124,23 @@ class AdqWeight(WeightQuantizer):
 
     def _positive_parameters(self) -> list[Tensor]:
         return [self.codebook.new_zeros(0)]
+
+
+def _snapped(weights: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the nearest levels; by level, sums of weights less their level, and counts."""
+    levels = codebook.to(computing_dtype(weights, codebook))
+    if _native.takes(weights, levels):
+        return _native.codebook(weights, levels, midpoints(levels))
+    order = row_order(weights)
+    rows = to_rows(weights, order).to(levels.dtype)
+    tables = nearest_tables(levels)
+    quantized, index = _snap(rows, *tables, compiled=compiles(weights))
+    # NaN counts beyond the codebook.
+    by_level = rows.new_zeros(2, len(rows), len(tables[0]))
+    by_level[0].scatter_add_(1, index, rows - quantized)
+    by_level[1].scatter_add_(1, index, torch.ones_like(rows))
+    sums, counts = by_level.sum(dim=1)[:, : len(levels)]
+    return from_rows(quantized, weights, order).to(weights.dtype), sums, counts
 
 
 _snap = Kernel(nearest_level)

@@ -27,12 +27,7 @@ from adq_search.quantizers._base import (
     WeightQuantizer,
 )
 from adq_search.quantizers._calibration import EPS, initial_step, integer_grid, n_features
-from adq_search.quantizers._through import (
-    lsq_gradient_scale,
-    positive_step,
-    uniform_integers,
-    uniform_through,
-)
+from adq_search.quantizers._through import uniform_integers, uniform_through
 
 
 @WEIGHT_QUANTIZERS.register("lsq")
@@ -68,9 +63,8 @@ class LsqWeight(WeightQuantizer):
         self.step.copy_(initial_step(self._rows(values), self.qmax).view(self.step.shape))
 
     def _quantize(self, values: Tensor) -> Tensor:
-        step = positive_step(self.step, lsq_gradient_scale(self.qmax, self._n_group()))
-        n_values = self.input_values
-        return uniform_through(values, step, self.qmin, self.qmax, n_values=n_values)
+        n_features = self._n_group()
+        return uniform_through(values, self.step, self.qmin, self.qmax, n_features=n_features)
 
     def _codes(self, values: Tensor) -> Tensor:
         return uniform_integers(values, self._positive(), self.qmin, self.qmax).long()
@@ -116,9 +110,8 @@ class LsqInput(InputQuantizer):
         self.step.copy_(initial_step(values.reshape(1, -1), self.qmax)[0])
 
     def _quantize(self, values: Tensor) -> Tensor:
-        n_values = n_features(values, self._sample_shape(values))
-        step = positive_step(self.step, lsq_gradient_scale(self.qmax, n_values))
-        return uniform_through(values, step, self.qmin, self.qmax, n_values=values.numel())
+        n = n_features(values, self._sample_shape(values))
+        return uniform_through(values, self.step, self.qmin, self.qmax, n_features=n)
 
     def _codes(self, values: Tensor) -> Tensor:
         return uniform_integers(values, self._positive(), self.qmin, self.qmax).long()

@@ -111,6 +111,34 @@ def brevitas(network):
     return model.to(memory_format=torch.channels_last)
 
 
+class OnePassEachWay(torch.autograd.Function):
+    """The least that a quantizer apart from other layers can do: read and write the input once."""
+
+    @staticmethod
+    def forward(ctx, values):
+        ctx.save_for_backward(values)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (values,) = ctx.saved_tensors
+        return torch.add(upstream, values, alpha=0.0)
+
+
+class FloorConv(nn.Conv2d):
+    """A convolution behind `OnePassEachWay`; weights cost nothing."""
+
+    def forward(self, x):
+        return self._conv_forward(OnePassEachWay.apply(x), self.weight, self.bias)
+
+
+def floor(network):
+    model = float_network(network)
+    for name in inner_layers(model):
+        model.get_submodule(name).__class__ = FloorConv
+    return model
+
+
 def batch_of(network):
     _, shape = NETWORKS[network]
     generator = torch.Generator().manual_seed(0)
@@ -131,10 +159,12 @@ class Contestant:
             self.model = brevitas(network)
         elif base == "aten":
             self.model = aten(network)
+        elif base == "floor":
+            self.model = floor(network)
         else:
             self.model = ours(network, SCHEMES[base][0])
         self.model.train()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.call = torch.compile(self.model) if detail == "compiled" else self.model
         self.inputs, self.targets = batch_of(network)
 
@@ -147,10 +177,10 @@ class Contestant:
         self.optimizer.step()
 
 
-def variants(*, with_compiled_float, with_eager):
+def variants(*, with_compiled, with_eager):
     """Names of all contestants: a base, and after a comma how it is run."""
-    names = ["float", "float, bf16", "aten"]
-    names += ["float, compiled"] if with_compiled_float else []
+    names = ["float", "float, bf16", "floor", "aten"]
+    names += ["float, compiled", "lsq, compiled"] if with_compiled else []
     names += ["brevitas"] if brevitas_nn is not None else []
     for scheme in SCHEMES:
         names.append(scheme)

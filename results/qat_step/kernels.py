@@ -55,7 +55,6 @@ def race_kernels(rounds):
     made = quantizers()
     for quantizer in made.values():
         is_input = isinstance(quantizer, LsqInput | AsqInput | N2uqInput)
-        quantizer.input_values = SHAPE[0] * SHAPE[1] * SHAPE[2] * SHAPE[3]
         quantizer.initialize_(values if is_input else weights)
     rows = []
     for number in range(-2, rounds):  # two rounds to warm up

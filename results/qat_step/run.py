@@ -1,13 +1,13 @@
 """Time a training step of quantized networks against float training, everything in turn.
 
 Usage: python results/qat_step/run.py [--threads N] [--rounds N] [--networks NAME ...]
-       [--compiled-float] [--no-eager]
+       [--compiled] [--no-eager]
 
 In every round each contestant of a network trains one step, in turn, on the same cores; ratios
 are taken within rounds. Writes steps.csv (a row a network, contestant and round), kernels.csv,
 steps.md, kernels.md, steps.svg and run.json. Brevitas takes part where it is installed
-(`pip install brevitas`); `--compiled-float` adds the float network under torch.compile (a minute
-each to compile). Takes about ten minutes on two cores; weights and data are random.
+(`pip install brevitas`); `--compiled` adds the float and the LSQ network under torch.compile as a
+whole (a minute each to compile). Takes about ten minutes on two cores; weights and data are random.
 """
 
 import argparse
@@ -154,14 +154,14 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--compiled-float", action="store_true")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--no-eager", action="store_true", help="leave out uncompiled quantizers")
     asked = parser.parse_args()
     if not ALLOCATOR.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     torch.set_num_threads(asked.threads)
     start = time.perf_counter()
-    names = variants(with_compiled_float=asked.compiled_float, with_eager=not asked.no_eager)
+    names = variants(with_compiled=asked.compiled, with_eager=not asked.no_eager)
     rows = []
     for network in asked.networks:
         rows += race(network, names, asked.rounds)

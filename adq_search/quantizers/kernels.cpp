@@ -1,0 +1,408 @@
+// Forward and backward passes of the quantizers, one pass over memory each; called by `_native.py`.
+//
+// A tensor comes as rows: the values of one row share a step. Arithmetic is that of the tensor
+// operations in `_through.py`, `_thresholds.py` and `_nearest.py`, operation by operation, so that
+// outputs are equal to the last bit (build without contraction of products and sums). Sums are taken
+// in blocks of fixed size, so that they do not depend on the number of threads.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr long BLOCK = 4096;
+// With fewer values a second thread costs more than it brings.
+constexpr long VALUES_WORTH_THREADS = 32768;
+// Tables that neighbouring values are added to in turn, so that no sum waits for the one before.
+constexpr long N_TABLES = 8;
+// Values that are compared with all cuts while they stay in registers.
+constexpr long STRIP = 64;
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float load(const float* from, long i) { return from[i]; }
+inline void store(float* to, long i, float value) { to[i] = value; }
+
+inline float load(const bfloat16* from, long i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i].bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void store(bfloat16* to, long i, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t to_nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to[i].bits = static_cast<uint16_t>(value != value ? 0x7fc0u : to_nearest_even);
+}
+
+// The step in use: `positive_step` of `_through.py`.
+inline float positive(float raw, float smallest) {
+    const float magnitude = std::fabs(raw);
+    return magnitude < smallest ? smallest : magnitude;
+}
+
+inline float clip(float z, float low, float high) {
+    z = z < low ? low : z;
+    return z > high ? high : z;
+}
+
+inline long blocks_of(long n) { return (n + BLOCK - 1) / BLOCK; }
+
+// Call `work(block, row, begin, size)` for blocks of values, each within one row.
+template <class Work>
+void for_blocks(long rows, long columns, long threads, const Work work) {
+    const long in_row = blocks_of(columns);
+    if (rows * columns < VALUES_WORTH_THREADS) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long block = 0; block < rows * in_row; ++block) {
+        const long row = block / in_row, offset = (block % in_row) * BLOCK;
+        const long rest = columns - offset;
+        work(block, row, row * columns + offset, rest < BLOCK ? rest : BLOCK);
+    }
+}
+
+// Sum what the blocks found to one figure a row, times `scale` with the sign of a row's own step.
+void sum_rows(const std::vector<float>& parts, long rows, long by_row, const float* raw, float scale,
+              float* sums) {
+    const long in_row = static_cast<long>(parts.size()) / rows;
+    for (long row = 0; row < rows; ++row) {
+        double sum = 0.0;
+        for (long i = 0; i < in_row; ++i) sum += parts[row * in_row + i];
+        sums[row] = static_cast<float>(sum) * (by_row && raw[row] < 0.0f ? -scale : scale);
+    }
+}
+
+// ---- LSQ and ASQ: [Esser2020] Eqs. 1-3 and 5, [Zhou2025] Eqs. 5-7 ----
+
+template <class T>
+void uniform_block(const T* __restrict v, float s, float n, float p, T* __restrict out, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i)
+        store(out, i, std::nearbyint(clip(load(v, i) / s, n, p)) * s);
+}
+
+// Returns the block's part of the gradient to the step. Divisions would take as long as memory does:
+// a product is exact enough here, where no code depends on the last bit.
+template <class T>
+float uniform_slopes(const T* __restrict v, const T* __restrict upstream, float s, float n, float p,
+                     T* __restrict grad_v, long size) {
+    const float low = n * s, high = p * s, per_step = 1.0f / s;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < size; ++i) {
+        const float r = load(upstream, i), value = load(v, i);
+        const float z = clip(value * per_step, n, p);
+        const float inside = (value > low) & (value < high) ? 1.0f : 0.0f;
+        store(grad_v, i, r * inside);
+        sum += (std::nearbyint(z) - inside * z) * r;
+    }
+    return sum;
+}
+
+// ---- Sorted levels and cuts ----
+
+// How many cuts lie below each value; none for NaN.
+void rank(const float* __restrict z, const float* __restrict cuts, long n_cuts,
+          int32_t* __restrict below, long size) {
+    for (long begin = 0; begin < size; begin += STRIP) {
+        float value[STRIP];
+        int32_t count[STRIP];
+        const long n = size - begin < STRIP ? size - begin : STRIP;
+        for (long i = 0; i < STRIP; ++i) {
+            value[i] = i < n ? z[begin + i] : 0.0f;
+            count[i] = 0;
+        }
+        for (long k = 0; k < n_cuts; ++k)
+            for (long i = 0; i < STRIP; ++i) count[i] += value[i] > cuts[k];
+        for (long i = 0; i < n; ++i) below[begin + i] = count[i];
+    }
+}
+
+// Tables of sums by interval; neighbouring values go to different ones.
+class Tables {
+  public:
+    explicit Tables(long n) : n_(n), sums_(N_TABLES * n, 0.0f) {}
+    void add(long i, long k, float value) { sums_[(i % N_TABLES) * n_ + k] += value; }
+    void total(float* to) const {
+        for (long k = 0; k < n_; ++k) {
+            float sum = 0.0f;
+            for (long t = 0; t < N_TABLES; ++t) sum += sums_[t * n_ + k];
+            to[k] = sum;
+        }
+    }
+
+  private:
+    long n_;
+    std::vector<float> sums_;
+};
+
+// Sum tables of blocks: # shape: (blocks, n) to (n,).
+void total_of(const std::vector<float>& parts, long n, float* sums) {
+    for (long k = 0; k < n; ++k) {
+        double sum = 0.0;
+        for (size_t i = k; i < parts.size(); i += n) sum += parts[i];
+        sums[k] = static_cast<float>(sum);
+    }
+}
+
+// ---- POT, POST and root-r: [Zhou2025] Eqs. 3 and 17 ----
+
+// Values in units of alpha, the nearest level of each and its index; NaN stays.
+template <class T>
+void nearest_block(const T* __restrict v, float alpha, const float* levels, const float* cuts,
+                   long n_levels, float* __restrict z, float* __restrict q,
+                   int32_t* __restrict index, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i) z[i] = load(v, i) / alpha;
+    rank(z, cuts, n_levels - 1, index, size);
+    for (long i = 0; i < size; ++i) q[i] = z[i] == z[i] ? levels[index[i]] : z[i];
+}
+
+template <class T>
+void scaled_block(const float* __restrict q, float alpha, T* __restrict out, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i) store(out, i, q[i] * alpha);
+}
+
+template <class T>
+float clipped_slopes(const float* __restrict z, const float* __restrict q,
+                     const T* __restrict upstream, T* __restrict grad_v, long size) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < size; ++i) {
+        const float r = load(upstream, i);
+        const bool outside = std::fabs(z[i]) > 1.0f;
+        store(grad_v, i, outside ? 0.0f : r);
+        sum += (q[i] - (outside ? 0.0f : z[i])) * r;
+    }
+    return sum;
+}
+
+// ---- N2UQ: [Liu2022] Eqs. 8-10 ----
+
+template <class T>
+void in_units(const T* __restrict x, float beta, float* __restrict z, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i) z[i] = load(x, i) * beta;
+}
+
+template <class T>
+void equidistant_block(const T* __restrict x, const uint8_t* __restrict index, float d, float n,
+                       T* __restrict out, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i) {
+        const float value = load(x, i), level = (static_cast<float>(index[i]) + n) * d;
+        store(out, i, value == value ? level : value);
+    }
+}
+
+// Gradient to x; for each value its upstream gradient, its interval (0 below the first knot) and its
+// distance from that interval's left end. Returns the sum of upstream gradients times codes.
+template <class T>
+float interval_slopes(const T* __restrict x, const T* __restrict upstream,
+                      const uint8_t* __restrict index, float beta, const float* __restrict knots,
+                      const float* __restrict slopes, long n_knots, float n, T* __restrict grad_x,
+                      float* __restrict r, int32_t* __restrict interval, float* __restrict distance,
+                      long size) {
+    const int32_t last = static_cast<int32_t>(n_knots - 1);
+    float code_sum = 0.0f;
+#pragma omp simd reduction(+ : code_sum)
+    for (long i = 0; i < size; ++i) {
+        const float z = load(x, i) * beta;
+        // Threshold i lies within interval i: `index` knots lie below, or one more.
+        const int32_t at_least = index[i] < last ? index[i] : last;
+        const int32_t below = at_least + (z > knots[at_least] ? 1 : 0);
+        const int32_t own = below > 0 ? below - 1 : 0;
+        r[i] = load(upstream, i);
+        interval[i] = below;
+        distance[i] = z - knots[own];
+        store(grad_x, i, r[i] * (below > 0 ? slopes[own] : 0.0f));
+        code_sum += r[i] * (static_cast<float>(index[i]) + n);
+    }
+    return code_sum;
+}
+
+// Run `use` with a value of the tensor's type.
+template <class Use>
+void typed(long is_half, const Use use) {
+    if (is_half)
+        use(bfloat16{});
+    else
+        use(float{});
+}
+
+}  // namespace
+
+// What Python calls. Values, upstream gradients, outputs and gradients to values are float32, or
+// bfloat16 where `half`; all else is float32. `by_row`: one parameter for each row, else one in all.
+
+extern "C" void uniform(long half, const void* values, const float* raw, long by_row, float smallest,
+                        const float* qmin, const float* qmax, void* out, long rows, long columns,
+                        long threads) {
+    const float n = *qmin, p = *qmax;
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T* v = static_cast<const T*>(values);
+        T* to = static_cast<T*>(out);
+        for_blocks(rows, columns, threads, [=](long, long row, long at, long size) {
+            uniform_block(v + at, positive(raw[by_row ? row : 0], smallest), n, p, to + at, size);
+        });
+    });
+}
+
+extern "C" void uniform_backward(long half, const void* values, const void* upstream,
+                                 const float* raw, long by_row, float smallest, const float* qmin,
+                                 const float* qmax, float scale, void* grad_values,
+                                 float* sums, long rows, long columns, long threads) {
+    const float n = *qmin, p = *qmax;
+    std::vector<float> parts(rows * blocks_of(columns));
+    float* part = parts.data();
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T *v = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
+        T* to = static_cast<T*>(grad_values);
+        for_blocks(rows, columns, threads, [=](long block, long row, long at, long size) {
+            const float s = positive(raw[by_row ? row : 0], smallest);
+            part[block] = uniform_slopes(v + at, r + at, s, n, p, to + at, size);
+        });
+    });
+    sum_rows(parts, rows, by_row, raw, scale, sums);
+}
+
+extern "C" void clipped(long half, const void* values, const float* raw, long by_row, float smallest,
+                        const float* levels, const float* cuts, long n_levels, void* out, long rows,
+                        long columns, long threads) {
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T* v = static_cast<const T*>(values);
+        T* to = static_cast<T*>(out);
+        for_blocks(rows, columns, threads, [=](long, long row, long at, long size) {
+            float z[BLOCK], q[BLOCK];
+            int32_t index[BLOCK];
+            const float alpha = positive(raw[by_row ? row : 0], smallest);
+            nearest_block(v + at, alpha, levels, cuts, n_levels, z, q, index, size);
+            scaled_block(q, alpha, to + at, size);
+        });
+    });
+}
+
+extern "C" void clipped_backward(long half, const void* values, const void* upstream,
+                                 const float* raw, long by_row, float smallest, const float* levels,
+                                 const float* cuts, long n_levels, float scale, void* grad_values,
+                                 float* sums, long rows, long columns, long threads) {
+    std::vector<float> parts(rows * blocks_of(columns));
+    float* part = parts.data();
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T *v = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
+        T* to = static_cast<T*>(grad_values);
+        for_blocks(rows, columns, threads, [=](long block, long row, long at, long size) {
+            float z[BLOCK], q[BLOCK];
+            int32_t index[BLOCK];
+            const float alpha = positive(raw[by_row ? row : 0], smallest);
+            nearest_block(v + at, alpha, levels, cuts, n_levels, z, q, index, size);
+            part[block] = clipped_slopes(z, q, r + at, to + at, size);
+        });
+    });
+    sum_rows(parts, rows, by_row, raw, scale, sums);
+}
+
+// `sums`: by level, the sum of weights less their level, and how many weights there are.
+extern "C" void codebook(long half, const void* weights, const float* levels, const float* cuts,
+                         long n_levels, void* out, float* sums, long n_values, long threads) {
+    const long n_sums = 2 * n_levels;
+    std::vector<float> parts(n_sums * blocks_of(n_values));
+    float* part = parts.data();
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T* w = static_cast<const T*>(weights);
+        T* to = static_cast<T*>(out);
+        for_blocks(1, n_values, threads, [=](long block, long, long at, long size) {
+            float z[BLOCK], q[BLOCK];
+            int32_t index[BLOCK];
+            nearest_block(w + at, 1.0f, levels, cuts, n_levels, z, q, index, size);
+            scaled_block(q, 1.0f, to + at, size);
+            Tables tables(n_sums);
+            for (long i = 0; i < size; ++i) {
+                if (z[i] != z[i]) continue;
+                tables.add(i, index[i], z[i] - q[i]);
+                tables.add(i, n_levels + index[i], 1.0f);
+            }
+            tables.total(part + n_sums * block);
+        });
+    });
+    total_of(parts, n_sums, sums);
+}
+
+// `index`: how many cuts lie below each value.
+extern "C" void thresholds(long half, const void* values, const float* in_scale, const float* cuts,
+                           long n_cuts, const float* step, const float* qmin, void* out,
+                           uint8_t* index, long n_values, long threads) {
+    const float beta = *in_scale, d = *step, n = *qmin;
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        T* to = static_cast<T*>(out);
+        for_blocks(1, n_values, threads, [=](long, long, long at, long size) {
+            float z[BLOCK];
+            int32_t below[BLOCK];
+            in_units(x + at, beta, z, size);
+            rank(z, cuts, n_cuts, below, size);
+            for (long i = 0; i < size; ++i) index[at + i] = static_cast<uint8_t>(below[i]);
+            equidistant_block(x + at, index + at, d, n, to + at, size);
+        });
+    });
+}
+
+extern "C" void thresholds_again(long half, const void* values, const uint8_t* index,
+                                 const float* step, const float* qmin, void* out, long n_values,
+                                 long threads) {
+    const float d = *step, n = *qmin;
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        T* to = static_cast<T*>(out);
+        for_blocks(1, n_values, threads, [=](long, long, long at, long size) {
+            equidistant_block(x + at, index + at, d, n, to + at, size);
+        });
+    });
+}
+
+// Entry k of the tables belongs to the interval right of knot k. `sums`: by interval, the sum of
+// upstream gradients, and of those times the distance from the interval's left end; last, the sum of
+// upstream gradients times codes.
+extern "C" void thresholds_backward(long half, const void* values, const void* upstream,
+                                    const uint8_t* index, const float* in_scale, const float* knots,
+                                    const float* slopes, long n_knots, const float* qmin,
+                                    void* grad_values, float* sums, long n_values, long threads) {
+    const float beta = *in_scale, n = *qmin;
+    const long n_sums = 2 * n_knots + 1;
+    std::vector<float> parts(n_sums * blocks_of(n_values));
+    float* part = parts.data();
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T *x = static_cast<const T*>(values), *gradient = static_cast<const T*>(upstream);
+        T* to = static_cast<T*>(grad_values);
+        for_blocks(1, n_values, threads, [=](long block, long, long at, long size) {
+            float r[BLOCK], distance[BLOCK];
+            int32_t interval[BLOCK];
+            float* own = part + n_sums * block;
+            own[n_sums - 1] = interval_slopes(x + at, gradient + at, index + at, beta, knots, slopes,
+                                              n_knots, n, to + at, r, interval, distance, size);
+            Tables tables(n_sums - 1);
+            for (long i = 0; i < size; ++i) {
+                if (interval[i] == 0) continue;
+                tables.add(i, interval[i] - 1, r[i]);
+                tables.add(i, n_knots + interval[i] - 1, r[i] * distance[i]);
+            }
+            tables.total(own);
+        });
+    });
+    total_of(parts, n_sums, sums);
+}
