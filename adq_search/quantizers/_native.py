@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import subprocess
 import tempfile
 import warnings
@@ -23,18 +24,20 @@ from adq_search.errors import AdqSearchWarning, QuantizerError
 from adq_search.quantizers._modes import compile_mode
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-#: Contraction of products and sums would change last bits; steps are never errno's business.
+#: Contraction of products and sums would change last bits.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    # Compilers take half of the registers' width otherwise.
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
 #: Arguments of each function: p pointer, l long, f float; see `kernels.cpp`.
 _SIGNATURES = {
     "uniform": "lpplfppplll",
     "uniform_backward": "lppplfppfpplll",
-    "clipped": "lpplfpplplll",
-    "clipped_backward": "lppplfpplfpplll",
-    "codebook": "lppplppll",
+    "clipped": "lpplfplplll",
+    "clipped_backward": "lppplfplfpplll",
+    "codebook": "lpplppll",
     "thresholds": "lppplppppll",
     "thresholds_again": "lpppppll",
     "thresholds_backward": "lpppppplpppll",
@@ -97,9 +100,7 @@ def uniform_backward(
     return grad_values, _to_parameter(sums, raw, scale)
 
 
-def clipped(
-    values: Tensor, raw: Tensor, smallest: float, unit_levels: Tensor, midpoints: Tensor
-) -> Tensor:
+def clipped(values: Tensor, raw: Tensor, smallest: float, unit_levels: Tensor) -> Tensor:
     """Return the nearest of `alpha * unit_levels` for alpha = max(|raw|, smallest).
 
     Args:
@@ -107,12 +108,11 @@ def clipped(
         raw: One threshold, or one for each entry of the first dimension.
         smallest: Least threshold in use.
         unit_levels: Sorted, # shape: (levels,)
-        midpoints: Between the levels, # shape: (levels - 1,)
     """
     out = torch.empty_like(values)
     _call(
         "clipped",
-        *(values, raw, raw.numel() > 1, smallest, unit_levels, midpoints, unit_levels.numel()),
+        *(values, raw, raw.numel() > 1, smallest, unit_levels, unit_levels.numel()),
         *(out, *_sizes(values, raw)),
     )
     return out
@@ -124,7 +124,6 @@ def clipped_backward(
     raw: Tensor,
     smallest: float,
     unit_levels: Tensor,
-    midpoints: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients to `values` and to `raw`, the latter times `scale`."""
@@ -132,19 +131,18 @@ def clipped_backward(
     _call(
         "clipped_backward",
         *(values, _laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
-        *(unit_levels, midpoints, unit_levels.numel(), scale if raw.numel() > 1 else 1.0),
+        *(unit_levels, unit_levels.numel(), scale if raw.numel() > 1 else 1.0),
         *(grad_values, sums, *_sizes(values, raw)),
     )
     return grad_values, _to_parameter(sums, raw, scale)
 
 
-def codebook(weights: Tensor, levels: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def codebook(weights: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the nearest level of every weight; by level, the sum of errors and the weights' count.
 
     Args:
         weights: Any shape.
         levels: Sorted, # shape: (levels,)
-        midpoints: Between the levels, # shape: (levels - 1,)
 
     Returns:
         Levels; sums of weights less their level and numbers of weights, both # shape: (levels,)
@@ -152,7 +150,7 @@ def codebook(weights: Tensor, levels: Tensor, midpoints: Tensor) -> tuple[Tensor
     out, sums = torch.empty_like(weights), levels.new_empty(2, levels.numel())
     _call(
         "codebook",
-        *(weights, levels, midpoints, levels.numel(), out, sums, weights.numel(), _threads()),
+        *(weights, levels, levels.numel(), out, sums, weights.numel(), _threads()),
     )
     return out, sums[0], sums[1]
 
@@ -242,7 +240,7 @@ def _to_parameter(sums: Tensor, raw: Tensor, scale: float) -> Tensor:
     """Give the sums of rows the shape of a parameter; one in all is summed and scaled here."""
     if raw.numel() > 1:
         return sums.view(raw.shape)
-    return (sums.sum() * (-scale if float(raw) < 0 else scale)).view(raw.shape)
+    return sums.sum().mul_(-scale if float(raw.detach()) < 0 else scale).view(raw.shape)
 
 
 def _threads() -> int:

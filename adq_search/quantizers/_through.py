@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from adq_search.quantizers import _native
 from adq_search.quantizers._calibration import EPS, computing_dtype
 from adq_search.quantizers._compile import Kernel, compiles
-from adq_search.quantizers._nearest import midpoints, nearest_level, nearest_tables
+from adq_search.quantizers._nearest import nearest_level, nearest_tables
 from adq_search.quantizers._rows import column, from_column, from_rows, row_order, to_rows
 
 # torch leaves Function.apply without annotations.
@@ -230,7 +230,7 @@ class _Clipped(Function):
         ctx.gradient_scale = gradient_scale
         ctx.is_native = _native.takes(v, raw, unit_levels)
         if ctx.is_native:
-            return _native.clipped(v, raw, EPS, unit_levels, midpoints(unit_levels))
+            return _native.clipped(v, raw, EPS, unit_levels)
         alpha = _used(raw, EPS)
         tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
         if not compiles(v) and v.is_contiguous():
@@ -246,8 +246,7 @@ class _Clipped(Function):
         v, raw, unit_levels = ctx.saved_tensors
         if ctx.is_native:
             grad_v, grad_raw = _native.clipped_backward(
-                *(v, gradients[0], raw, EPS, unit_levels, midpoints(unit_levels)),
-                ctx.gradient_scale,
+                v, gradients[0], raw, EPS, unit_levels, ctx.gradient_scale
             )
             return grad_v, grad_raw, None, None
         alpha = _used(raw, EPS)

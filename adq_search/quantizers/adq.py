@@ -28,7 +28,7 @@ from adq_search.quantizers import _native
 from adq_search.quantizers._base import WEIGHT_QUANTIZERS, WeightQuantizer, check_bits
 from adq_search.quantizers._calibration import computing_dtype, quantile
 from adq_search.quantizers._compile import Kernel, compiles
-from adq_search.quantizers._nearest import midpoints, nearest_index, nearest_level, nearest_tables
+from adq_search.quantizers._nearest import nearest_index, nearest_level, nearest_tables
 from adq_search.quantizers._rows import from_rows, row_order, to_rows
 from adq_search.quantizers._through import straight_through
 
@@ -130,7 +130,7 @@ def _snapped(weights: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """Return the nearest levels; by level, sums of weights less their level, and counts."""
     levels = codebook.to(computing_dtype(weights, codebook))
     if _native.takes(weights, levels):
-        return _native.codebook(weights, levels, midpoints(levels))
+        return _native.codebook(weights, levels)
     order = row_order(weights)
     rows = to_rows(weights, order).to(levels.dtype)
     tables = nearest_tables(levels)

@@ -17,8 +17,12 @@ constexpr long BLOCK = 4096;
 constexpr long VALUES_WORTH_THREADS = 32768;
 // Tables that neighbouring values are added to in turn, so that no sum waits for the one before.
 constexpr long N_TABLES = 8;
-// Values that are compared with all cuts while they stay in registers.
-constexpr long STRIP = 64;
+// Vectors of the compiler's own arithmetic: 16 values, in whatever registers the processor has.
+constexpr long LANES = 16;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+// Up to this many intervals, comparing with each is faster than adding value by value.
+constexpr long FEW_INTERVALS = 32;
 
 struct bfloat16 {
     uint16_t bits;
@@ -107,20 +111,15 @@ float uniform_slopes(const T* __restrict v, const T* __restrict upstream, float 
 
 // ---- Sorted levels and cuts ----
 
-// How many cuts lie below each value; none for NaN.
-void rank(const float* __restrict z, const float* __restrict cuts, long n_cuts,
-          int32_t* __restrict below, long size) {
-    for (long begin = 0; begin < size; begin += STRIP) {
-        float value[STRIP];
-        int32_t count[STRIP];
-        const long n = size - begin < STRIP ? size - begin : STRIP;
-        for (long i = 0; i < STRIP; ++i) {
-            value[i] = i < n ? z[begin + i] : 0.0f;
-            count[i] = 0;
-        }
-        for (long k = 0; k < n_cuts; ++k)
-            for (long i = 0; i < STRIP; ++i) count[i] += value[i] > cuts[k];
-        for (long i = 0; i < n; ++i) below[begin + i] = count[i];
+// How many cuts lie below each value; none for NaN. Both buffers hold whole vectors.
+void rank(const float* z, const std::vector<float>& cuts, int32_t* below, long size) {
+    for (long begin = 0; begin < size; begin += 4 * LANES) {
+        floats value[4];
+        ints count[4] = {};
+        std::memcpy(value, z + begin, sizeof value);
+        for (const float cut : cuts)
+            for (long j = 0; j < 4; ++j) count[j] -= value[j] > cut;
+        std::memcpy(below + begin, count, sizeof count);
     }
 }
 
@@ -142,6 +141,46 @@ class Tables {
     std::vector<float> sums_;
 };
 
+// Sums of two figures over the values of each interval 1..n; `sums` # shape: (2, n). Buffers hold
+// whole vectors, with interval 0 beyond `size`.
+void sums_by_interval(const float* first, const float* second, const int32_t* interval, long n,
+                      float* sums, long size) {
+    if (n <= FEW_INTERVALS) {
+        for (int32_t k = 0; k < n; ++k) {
+            floats total[2] = {};
+            for (long i = 0; i < size; i += LANES) {
+                floats one, two;
+                ints own;
+                std::memcpy(&one, first + i, sizeof one);
+                std::memcpy(&two, second + i, sizeof two);
+                std::memcpy(&own, interval + i, sizeof own);
+                total[0] += own == k + 1 ? one : floats{};
+                total[1] += own == k + 1 ? two : floats{};
+            }
+            sums[k] = sums[n + k] = 0.0f;
+            for (long j = 0; j < LANES; ++j) {
+                sums[k] += total[0][j];
+                sums[n + k] += total[1][j];
+            }
+        }
+        return;
+    }
+    Tables tables(2 * n);
+    for (long i = 0; i < size; ++i) {
+        if (interval[i] == 0) continue;
+        tables.add(i, interval[i] - 1, first[i]);
+        tables.add(i, n + interval[i] - 1, second[i]);
+    }
+    tables.total(sums);
+}
+
+// Midpoints between sorted levels.
+std::vector<float> between(const float* levels, long n_levels) {
+    std::vector<float> cuts(n_levels - 1);
+    for (long k = 0; k + 1 < n_levels; ++k) cuts[k] = (levels[k + 1] + levels[k]) / 2;
+    return cuts;
+}
+
 // Sum tables of blocks: # shape: (blocks, n) to (n,).
 void total_of(const std::vector<float>& parts, long n, float* sums) {
     for (long k = 0; k < n; ++k) {
@@ -155,12 +194,12 @@ void total_of(const std::vector<float>& parts, long n, float* sums) {
 
 // Values in units of alpha, the nearest level of each and its index; NaN stays.
 template <class T>
-void nearest_block(const T* __restrict v, float alpha, const float* levels, const float* cuts,
-                   long n_levels, float* __restrict z, float* __restrict q,
+void nearest_block(const T* __restrict v, float alpha, const float* levels,
+                   const std::vector<float>& cuts, float* __restrict z, float* __restrict q,
                    int32_t* __restrict index, long size) {
 #pragma omp simd
     for (long i = 0; i < size; ++i) z[i] = load(v, i) / alpha;
-    rank(z, cuts, n_levels - 1, index, size);
+    rank(z, cuts, index, size);
     for (long i = 0; i < size; ++i) q[i] = z[i] == z[i] ? levels[index[i]] : z[i];
 }
 
@@ -202,13 +241,14 @@ void equidistant_block(const T* __restrict x, const uint8_t* __restrict index, f
     }
 }
 
-// Gradient to x; for each value its upstream gradient, its interval (0 below the first knot) and its
-// distance from that interval's left end. Returns the sum of upstream gradients times codes.
+// Gradient to x; for each value its upstream gradient, that times its distance from the left end of
+// its interval, and the interval (0 below the first knot). Returns the sum of upstream gradients times
+// codes.
 template <class T>
 float interval_slopes(const T* __restrict x, const T* __restrict upstream,
                       const uint8_t* __restrict index, float beta, const float* __restrict knots,
                       const float* __restrict slopes, long n_knots, float n, T* __restrict grad_x,
-                      float* __restrict r, int32_t* __restrict interval, float* __restrict distance,
+                      float* __restrict r, float* __restrict moment, int32_t* __restrict interval,
                       long size) {
     const int32_t last = static_cast<int32_t>(n_knots - 1);
     float code_sum = 0.0f;
@@ -221,10 +261,11 @@ float interval_slopes(const T* __restrict x, const T* __restrict upstream,
         const int32_t own = below > 0 ? below - 1 : 0;
         r[i] = load(upstream, i);
         interval[i] = below;
-        distance[i] = z - knots[own];
+        moment[i] = r[i] * (z - knots[own]);
         store(grad_x, i, r[i] * (below > 0 ? slopes[own] : 0.0f));
         code_sum += r[i] * (static_cast<float>(index[i]) + n);
     }
+    for (long i = size; i % LANES != 0; ++i) interval[i] = 0;
     return code_sum;
 }
 
@@ -258,8 +299,8 @@ extern "C" void uniform(long half, const void* values, const float* raw, long by
 
 extern "C" void uniform_backward(long half, const void* values, const void* upstream,
                                  const float* raw, long by_row, float smallest, const float* qmin,
-                                 const float* qmax, float scale, void* grad_values,
-                                 float* sums, long rows, long columns, long threads) {
+                                 const float* qmax, float scale, void* grad_values, float* sums,
+                                 long rows, long columns, long threads) {
     const float n = *qmin, p = *qmax;
     std::vector<float> parts(rows * blocks_of(columns));
     float* part = parts.data();
@@ -276,17 +317,18 @@ extern "C" void uniform_backward(long half, const void* values, const void* upst
 }
 
 extern "C" void clipped(long half, const void* values, const float* raw, long by_row, float smallest,
-                        const float* levels, const float* cuts, long n_levels, void* out, long rows,
-                        long columns, long threads) {
-    typed(half, [=](auto kind) {
+                        const float* levels, long n_levels, void* out, long rows, long columns,
+                        long threads) {
+    const std::vector<float> cuts = between(levels, n_levels);
+    typed(half, [=, &cuts](auto kind) {
         using T = decltype(kind);
         const T* v = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
-        for_blocks(rows, columns, threads, [=](long, long row, long at, long size) {
+        for_blocks(rows, columns, threads, [=, &cuts](long, long row, long at, long size) {
             float z[BLOCK], q[BLOCK];
             int32_t index[BLOCK];
             const float alpha = positive(raw[by_row ? row : 0], smallest);
-            nearest_block(v + at, alpha, levels, cuts, n_levels, z, q, index, size);
+            nearest_block(v + at, alpha, levels, cuts, z, q, index, size);
             scaled_block(q, alpha, to + at, size);
         });
     });
@@ -294,19 +336,20 @@ extern "C" void clipped(long half, const void* values, const float* raw, long by
 
 extern "C" void clipped_backward(long half, const void* values, const void* upstream,
                                  const float* raw, long by_row, float smallest, const float* levels,
-                                 const float* cuts, long n_levels, float scale, void* grad_values,
-                                 float* sums, long rows, long columns, long threads) {
+                                 long n_levels, float scale, void* grad_values, float* sums,
+                                 long rows, long columns, long threads) {
     std::vector<float> parts(rows * blocks_of(columns));
     float* part = parts.data();
-    typed(half, [=](auto kind) {
+    const std::vector<float> cuts = between(levels, n_levels);
+    typed(half, [=, &cuts](auto kind) {
         using T = decltype(kind);
         const T *v = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         T* to = static_cast<T*>(grad_values);
-        for_blocks(rows, columns, threads, [=](long block, long row, long at, long size) {
+        for_blocks(rows, columns, threads, [=, &cuts](long block, long row, long at, long size) {
             float z[BLOCK], q[BLOCK];
             int32_t index[BLOCK];
             const float alpha = positive(raw[by_row ? row : 0], smallest);
-            nearest_block(v + at, alpha, levels, cuts, n_levels, z, q, index, size);
+            nearest_block(v + at, alpha, levels, cuts, z, q, index, size);
             part[block] = clipped_slopes(z, q, r + at, to + at, size);
         });
     });
@@ -314,27 +357,30 @@ extern "C" void clipped_backward(long half, const void* values, const void* upst
 }
 
 // `sums`: by level, the sum of weights less their level, and how many weights there are.
-extern "C" void codebook(long half, const void* weights, const float* levels, const float* cuts,
-                         long n_levels, void* out, float* sums, long n_values, long threads) {
+extern "C" void codebook(long half, const void* weights, const float* levels, long n_levels,
+                         void* out, float* sums, long n_values, long threads) {
     const long n_sums = 2 * n_levels;
     std::vector<float> parts(n_sums * blocks_of(n_values));
     float* part = parts.data();
-    typed(half, [=](auto kind) {
+    const std::vector<float> cuts = between(levels, n_levels);
+    typed(half, [=, &cuts](auto kind) {
         using T = decltype(kind);
         const T* w = static_cast<const T*>(weights);
         T* to = static_cast<T*>(out);
-        for_blocks(1, n_values, threads, [=](long block, long, long at, long size) {
+        for_blocks(1, n_values, threads, [=, &cuts](long block, long, long at, long size) {
             float z[BLOCK], q[BLOCK];
             int32_t index[BLOCK];
-            nearest_block(w + at, 1.0f, levels, cuts, n_levels, z, q, index, size);
+            nearest_block(w + at, 1.0f, levels, cuts, z, q, index, size);
             scaled_block(q, 1.0f, to + at, size);
-            Tables tables(n_sums);
+            float error[BLOCK], one[BLOCK];
+            int32_t interval[BLOCK];
             for (long i = 0; i < size; ++i) {
-                if (z[i] != z[i]) continue;
-                tables.add(i, index[i], z[i] - q[i]);
-                tables.add(i, n_levels + index[i], 1.0f);
+                error[i] = z[i] - q[i];
+                one[i] = 1.0f;
+                interval[i] = z[i] == z[i] ? index[i] + 1 : 0;
             }
-            tables.total(part + n_sums * block);
+            for (long i = size; i % LANES != 0; ++i) interval[i] = 0;
+            sums_by_interval(error, one, interval, n_levels, part + n_sums * block, size);
         });
     });
     total_of(parts, n_sums, sums);
@@ -345,15 +391,16 @@ extern "C" void thresholds(long half, const void* values, const float* in_scale,
                            long n_cuts, const float* step, const float* qmin, void* out,
                            uint8_t* index, long n_values, long threads) {
     const float beta = *in_scale, d = *step, n = *qmin;
-    typed(half, [=](auto kind) {
+    const std::vector<float> sorted(cuts, cuts + n_cuts);
+    typed(half, [=, &sorted](auto kind) {
         using T = decltype(kind);
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
-        for_blocks(1, n_values, threads, [=](long, long, long at, long size) {
+        for_blocks(1, n_values, threads, [=, &sorted](long, long, long at, long size) {
             float z[BLOCK];
             int32_t below[BLOCK];
             in_units(x + at, beta, z, size);
-            rank(z, cuts, n_cuts, below, size);
+            rank(z, sorted, below, size);
             for (long i = 0; i < size; ++i) index[at + i] = static_cast<uint8_t>(below[i]);
             equidistant_block(x + at, index + at, d, n, to + at, size);
         });
@@ -390,18 +437,12 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
         const T *x = static_cast<const T*>(values), *gradient = static_cast<const T*>(upstream);
         T* to = static_cast<T*>(grad_values);
         for_blocks(1, n_values, threads, [=](long block, long, long at, long size) {
-            float r[BLOCK], distance[BLOCK];
+            float r[BLOCK], moment[BLOCK];
             int32_t interval[BLOCK];
             float* own = part + n_sums * block;
             own[n_sums - 1] = interval_slopes(x + at, gradient + at, index + at, beta, knots, slopes,
-                                              n_knots, n, to + at, r, interval, distance, size);
-            Tables tables(n_sums - 1);
-            for (long i = 0; i < size; ++i) {
-                if (interval[i] == 0) continue;
-                tables.add(i, interval[i] - 1, r[i]);
-                tables.add(i, n_knots + interval[i] - 1, r[i] * distance[i]);
-            }
-            tables.total(own);
+                                              n_knots, n, to + at, r, moment, interval, size);
+            sums_by_interval(r, moment, interval, n_knots, own, size);
         });
     });
     total_of(parts, n_sums, sums);
