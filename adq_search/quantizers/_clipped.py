@@ -63,6 +63,7 @@ class ClippedPowerWeight(WeightQuantizer):
         self.register_buffer("signs", torch.cat([-one, zero, one]))
         self.register_buffer("exponents", torch.cat([fall, zero, fall.flip(0)]))
         self.threshold = nn.Parameter(torch.ones(self._group_shape()))
+        self._known_levels: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     @classmethod
     def n_levels(cls, bits: int, **options: OptionValue) -> int:
@@ -88,7 +89,10 @@ class ClippedPowerWeight(WeightQuantizer):
         self.threshold.copy_(torch.where(alive, thresholds, spare).view(self.threshold.shape))
 
     def _quantize(self, values: Tensor) -> Tensor:
-        levels = self._unit_levels(computing_dtype(values, self.threshold))
+        key = computing_dtype(values, self.threshold), self.exponents.device
+        if key not in self._known_levels:
+            self._known_levels[key] = self._unit_levels(key[0])
+        levels = self._known_levels[key]
         return clipped_through(values, self.threshold, levels, self._n_group() ** -0.5)
 
     def _codes(self, values: Tensor) -> Tensor:

@@ -257,6 +257,8 @@ def _layout(tensor: Tensor) -> torch.memory_format | None:
 
 
 def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.dtype == like.dtype and tensor.stride() == like.stride():
+        return tensor
     return tensor.to(like.dtype).contiguous(memory_format=_layout(like) or torch.contiguous_format)
 
 

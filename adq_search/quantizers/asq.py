@@ -75,11 +75,34 @@ class Adapter(nn.Module):
         Returns:
             Factors beta >= 1e-8, # shape: (N,)
         """
+        return self.trace(means)[0]
+
+    def trace(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the factors, and what `gradients` needs: means, hidden and output activations."""
         with torch.autocast(device_type=means.device.type, enabled=False):
-            out = means.to(self.output.weight.dtype)
-            if self.hidden is not None:
-                out = F.relu(self.hidden(out))
-            return F.relu(self.output(out)).squeeze(-1).clamp(min=SMALLEST_FACTOR)
+            means = means.to(self.output.weight.dtype)
+            inner = means if self.hidden is None else F.relu(self.hidden(means))
+            out = F.relu(self.output(inner))
+        return out.squeeze(-1).clamp(min=SMALLEST_FACTOR), means, inner, out
+
+    def gradients(
+        self, upstream: Tensor, means: Tensor, inner: Tensor, out: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the gradients to the means and to the parameters, in their order.
+
+        Args:
+            upstream: Gradient to the factors, # shape: (N,)
+            means: As `trace` returned them, like the rest.
+            inner: Hidden activations, # shape: (N, C / 4); the means where there are none.
+            out: Output activations, # shape: (N, 1)
+        """
+        to_out = upstream.unsqueeze(-1) * (out >= SMALLEST_FACTOR)
+        to_inner = to_out @ self.output.weight
+        found = [to_out.T @ inner, to_out.sum(dim=0)]
+        if self.hidden is None:
+            return to_inner, found
+        to_inner = to_inner * (inner > 0)
+        return to_inner @ self.hidden.weight, [to_inner.T @ means, to_inner.sum(dim=0), *found]
 
 
 @INPUT_QUANTIZERS.register("asq")
@@ -178,34 +201,29 @@ class _Adaptive(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, raw: Tensor, quantizer: AsqInput, n: int, *parameters: Tensor
+        ctx: Any, values: Tensor, raw: Tensor, quantizer: AsqInput, n: int, *_: Tensor
     ) -> Tensor:
-        with torch.enable_grad():
-            means = quantizer._channel_means(values.detach()).detach().requires_grad_()
-            beta = quantizer.adapter(means).view(quantizer._sample_shape(values))
-        s_a = raw.abs().clamp(min=EPS) * beta.detach()
-        ctx.save_for_backward(values, s_a, quantizer.qmin, quantizer.qmax)
-        ctx.raw, ctx.n_features, ctx.quantizer = raw, n, quantizer
-        ctx.adapted = means, parameters, beta
+        beta, *parts = quantizer.adapter.trace(quantizer._channel_means(values))
+        beta = beta.view(quantizer._sample_shape(values))
+        s_a = raw.abs().clamp(min=EPS) * beta
+        ctx.save_for_backward(values, s_a, quantizer.qmin, quantizer.qmax, raw, beta, *parts)
+        ctx.n_features, ctx.quantizer = n, quantizer
         ctx.again = _adaptive_again
         return uniform_values(values, s_a, quantizer.qmin, quantizer.qmax, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, s_a, n, p = ctx.saved_tensors
-        means, parameters, beta = ctx.adapted
+        values, s_a, n, p, raw, beta, *parts = ctx.saved_tensors
         grad_values, grad_s_a = uniform_gradients(values, gradients[0], s_a, n, p, None)
-        s = ctx.raw.abs().clamp(min=EPS)
-        grad_s = (grad_s_a * beta.detach()).sum()
-        grad_raw = torch.where(ctx.raw < 0, -grad_s, grad_s) * lsq_gradient_scale(p, ctx.n_features)
-        to_means, *to_parameters = torch.autograd.grad(
-            beta, (means, *parameters), grad_s_a * s, retain_graph=True
-        )
+        grad_s = (grad_s_a * beta).sum()
+        grad_raw = torch.where(raw < 0, -grad_s, grad_s) * lsq_gradient_scale(p, ctx.n_features)
+        to_beta = (grad_s_a * raw.abs().clamp(min=EPS)).flatten()
+        to_means, to_parameters = ctx.quantizer.adapter.gradients(to_beta, *parts)
         ctx.quantizer.add_mean_gradient_(grad_values, to_means)
         return grad_values, grad_raw, None, None, *to_parameters
 
 
 def _adaptive_again(ctx: Any) -> Tensor:
-    values, s_a, n, p = ctx.saved_tensors
+    values, s_a, n, p, *_ = ctx.saved_tensors
     return uniform_values(values, s_a, n, p, None)
