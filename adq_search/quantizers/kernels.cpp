@@ -21,6 +21,9 @@ constexpr long N_TABLES = 8;
 constexpr long LANES = 16;
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
+// Values that are compared with all cuts at once.
+constexpr long STRIP = 4 * LANES;
 // Up to this many intervals, comparing with each is faster than adding value by value.
 constexpr long FEW_INTERVALS = 32;
 
@@ -111,14 +114,20 @@ float uniform_slopes(const T* __restrict v, const T* __restrict upstream, float 
 
 // ---- Sorted levels and cuts ----
 
-// How many cuts lie below each value; none for NaN. Both buffers hold whole vectors.
+// How many cuts lie below each of STRIP values, which stay in registers; none for NaN.
+inline void rank_strip(const floats* z, const std::vector<float>& cuts, ints* below) {
+    for (long j = 0; j < STRIP / LANES; ++j) below[j] = ints{};
+    for (const float cut : cuts)
+        for (long j = 0; j < STRIP / LANES; ++j) below[j] -= z[j] > cut;
+}
+
+// The same for a buffer that holds whole strips.
 void rank(const float* z, const std::vector<float>& cuts, int32_t* below, long size) {
-    for (long begin = 0; begin < size; begin += 4 * LANES) {
-        floats value[4];
-        ints count[4] = {};
+    for (long begin = 0; begin < size; begin += STRIP) {
+        floats value[STRIP / LANES];
+        ints count[STRIP / LANES];
         std::memcpy(value, z + begin, sizeof value);
-        for (const float cut : cuts)
-            for (long j = 0; j < 4; ++j) count[j] -= value[j] > cut;
+        rank_strip(value, cuts, count);
         std::memcpy(below + begin, count, sizeof count);
     }
 }
@@ -225,10 +234,39 @@ float clipped_slopes(const float* __restrict z, const float* __restrict q,
 
 // ---- N2UQ: [Liu2022] Eqs. 8-10 ----
 
+// Levels and indices of STRIP values.
 template <class T>
-void in_units(const T* __restrict x, float beta, float* __restrict z, long size) {
-#pragma omp simd
-    for (long i = 0; i < size; ++i) z[i] = load(x, i) * beta;
+void thresholds_strip(const T* __restrict x, float beta, const std::vector<float>& cuts, float d,
+                      float n, T* __restrict out, uint8_t* __restrict index) {
+    floats z[STRIP / LANES], level[STRIP / LANES];
+    ints below[STRIP / LANES];
+    float values[STRIP];
+    for (long i = 0; i < STRIP; ++i) values[i] = load(x, i) * beta;
+    std::memcpy(z, values, sizeof z);
+    rank_strip(z, cuts, below);
+    for (long j = 0; j < STRIP / LANES; ++j) {
+        level[j] = (__builtin_convertvector(below[j], floats) + n) * d;
+        level[j] = z[j] == z[j] ? level[j] : z[j];
+        const bytes narrow = __builtin_convertvector(below[j], bytes);
+        std::memcpy(index + j * LANES, &narrow, sizeof narrow);
+    }
+    std::memcpy(values, level, sizeof values);
+    for (long i = 0; i < STRIP; ++i) store(out, i, values[i]);
+}
+
+template <class T>
+void thresholds_block(const T* x, float beta, const std::vector<float>& cuts, float d, float n,
+                      T* out, uint8_t* index, long size) {
+    long i = 0;
+    for (; i + STRIP <= size; i += STRIP)
+        thresholds_strip(x + i, beta, cuts, d, n, out + i, index + i);
+    if (i == size) return;
+    T last[STRIP] = {}, levels[STRIP];
+    uint8_t indices[STRIP];
+    std::memcpy(last, x + i, (size - i) * sizeof(T));
+    thresholds_strip(last, beta, cuts, d, n, levels, indices);
+    std::memcpy(out + i, levels, (size - i) * sizeof(T));
+    std::memcpy(index + i, indices, size - i);
 }
 
 template <class T>
@@ -397,12 +435,7 @@ extern "C" void thresholds(long half, const void* values, const float* in_scale,
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
         for_blocks(1, n_values, threads, [=, &sorted](long, long, long at, long size) {
-            float z[BLOCK];
-            int32_t below[BLOCK];
-            in_units(x + at, beta, z, size);
-            rank(z, sorted, below, size);
-            for (long i = 0; i < size; ++i) index[at + i] = static_cast<uint8_t>(below[i]);
-            equidistant_block(x + at, index + at, d, n, to + at, size);
+            thresholds_block(x + at, beta, sorted, d, n, to + at, index + at, size);
         });
     });
 }
