@@ -48,6 +48,25 @@ inline void store(bfloat16* to, long i, float value) {
     to[i].bits = static_cast<uint16_t>(value != value ? 0x7fc0u : to_nearest_even);
 }
 
+template <class T>
+inline floats lanes(const T* from) {
+    floats values;
+    for (long j = 0; j < LANES; ++j) values[j] = load(from, j);
+    return values;
+}
+
+template <class T>
+inline void put(T* to, floats values) {
+    for (long j = 0; j < LANES; ++j) store(to, j, values[j]);
+}
+
+// Halves are added to each other: no addition waits for fifteen others.
+inline float sum_of(floats values) {
+    for (long width = LANES / 2; width > 0; width /= 2)
+        for (long j = 0; j < width; ++j) values[j] += values[j + width];
+    return values[0];
+}
+
 // The step in use: `positive_step` of `_through.py`.
 inline float positive(float raw, float smallest) {
     const float magnitude = std::fabs(raw);
@@ -151,26 +170,26 @@ class Tables {
 };
 
 // Sums of two figures over the values of each interval 1..n; `sums` # shape: (2, n). Buffers hold
-// whole vectors, with interval 0 beyond `size`.
+// whole strips, with interval 0 beyond `size`.
 void sums_by_interval(const float* first, const float* second, const int32_t* interval, long n,
                       float* sums, long size) {
     if (n <= FEW_INTERVALS) {
         for (int32_t k = 0; k < n; ++k) {
-            floats total[2] = {};
-            for (long i = 0; i < size; i += LANES) {
-                floats one, two;
-                ints own;
-                std::memcpy(&one, first + i, sizeof one);
-                std::memcpy(&two, second + i, sizeof two);
-                std::memcpy(&own, interval + i, sizeof own);
-                total[0] += own == k + 1 ? one : floats{};
-                total[1] += own == k + 1 ? two : floats{};
+            // Four sums at a time: none waits for the one before.
+            floats total[2][STRIP / LANES] = {};
+            for (long i = 0; i < size; i += STRIP) {
+                for (long j = 0; j < STRIP / LANES; ++j) {
+                    floats one, two;
+                    ints own;
+                    std::memcpy(&one, first + i + j * LANES, sizeof one);
+                    std::memcpy(&two, second + i + j * LANES, sizeof two);
+                    std::memcpy(&own, interval + i + j * LANES, sizeof own);
+                    total[0][j] += own == k + 1 ? one : floats{};
+                    total[1][j] += own == k + 1 ? two : floats{};
+                }
             }
-            sums[k] = sums[n + k] = 0.0f;
-            for (long j = 0; j < LANES; ++j) {
-                sums[k] += total[0][j];
-                sums[n + k] += total[1][j];
-            }
+            sums[k] = sum_of((total[0][0] + total[0][1]) + (total[0][2] + total[0][3]));
+            sums[n + k] = sum_of((total[1][0] + total[1][1]) + (total[1][2] + total[1][3]));
         }
         return;
     }
@@ -238,20 +257,16 @@ float clipped_slopes(const float* __restrict z, const float* __restrict q,
 template <class T>
 void thresholds_strip(const T* __restrict x, float beta, const std::vector<float>& cuts, float d,
                       float n, T* __restrict out, uint8_t* __restrict index) {
-    floats z[STRIP / LANES], level[STRIP / LANES];
+    floats z[STRIP / LANES];
     ints below[STRIP / LANES];
-    float values[STRIP];
-    for (long i = 0; i < STRIP; ++i) values[i] = load(x, i) * beta;
-    std::memcpy(z, values, sizeof z);
+    for (long j = 0; j < STRIP / LANES; ++j) z[j] = lanes(x + j * LANES) * beta;
     rank_strip(z, cuts, below);
     for (long j = 0; j < STRIP / LANES; ++j) {
-        level[j] = (__builtin_convertvector(below[j], floats) + n) * d;
-        level[j] = z[j] == z[j] ? level[j] : z[j];
+        const floats level = (__builtin_convertvector(below[j], floats) + n) * d;
+        put(out + j * LANES, z[j] == z[j] ? level : z[j]);
         const bytes narrow = __builtin_convertvector(below[j], bytes);
         std::memcpy(index + j * LANES, &narrow, sizeof narrow);
     }
-    std::memcpy(values, level, sizeof values);
-    for (long i = 0; i < STRIP; ++i) store(out, i, values[i]);
 }
 
 template <class T>
@@ -279,32 +294,74 @@ void equidistant_block(const T* __restrict x, const uint8_t* __restrict index, f
     }
 }
 
-// Gradient to x; for each value its upstream gradient, that times its distance from the left end of
-// its interval, and the interval (0 below the first knot). Returns the sum of upstream gradients times
-// codes.
-template <class T>
-float interval_slopes(const T* __restrict x, const T* __restrict upstream,
-                      const uint8_t* __restrict index, float beta, const float* __restrict knots,
-                      const float* __restrict slopes, long n_knots, float n, T* __restrict grad_x,
-                      float* __restrict r, float* __restrict moment, int32_t* __restrict interval,
-                      long size) {
-    const int32_t last = static_cast<int32_t>(n_knots - 1);
-    float code_sum = 0.0f;
-#pragma omp simd reduction(+ : code_sum)
-    for (long i = 0; i < size; ++i) {
-        const float z = load(x, i) * beta;
-        // Threshold i lies within interval i: `index` knots lie below, or one more.
-        const int32_t at_least = index[i] < last ? index[i] : last;
-        const int32_t below = at_least + (z > knots[at_least] ? 1 : 0);
-        const int32_t own = below > 0 ? below - 1 : 0;
-        r[i] = load(upstream, i);
-        interval[i] = below;
-        moment[i] = r[i] * (z - knots[own]);
-        store(grad_x, i, r[i] * (below > 0 ? slopes[own] : 0.0f));
-        code_sum += r[i] * (static_cast<float>(index[i]) + n);
+// A table of figures by interval, looked up for many values at once.
+class Lookup {
+  public:
+    Lookup(const float* table, long n) : table_(table), is_few_(n <= LANES) {
+        if (is_few_) std::memcpy(&few_, table, n * sizeof(float));
     }
-    for (long i = size; i % LANES != 0; ++i) interval[i] = 0;
-    return code_sum;
+    floats at(ints index) const {
+        if (is_few_) return __builtin_shuffle(few_, index);
+        floats found;
+        for (long i = 0; i < LANES; ++i) found[i] = table_[index[i]];
+        return found;
+    }
+
+  private:
+    const float* table_;
+    bool is_few_;
+    floats few_ = {};
+};
+
+// What the backward pass knows of the intervals.
+struct Intervals {
+    Lookup knots, slopes;
+    int32_t last;
+    float beta, n;
+};
+
+// Gradients to LANES values; their upstream gradients, those times the distance from the left end of
+// the interval, and the interval (0 below the first knot). Returns upstream gradients times codes.
+template <class T>
+inline floats interval_lanes(const Intervals& known, const T* x, const T* upstream,
+                             const uint8_t* index, T* grad_x, float* r, float* moment,
+                             int32_t* interval) {
+    bytes narrow;
+    std::memcpy(&narrow, index, sizeof narrow);
+    const ints above = __builtin_convertvector(narrow, ints);
+    // Threshold i lies within interval i: `index` knots lie below, or one more.
+    const ints at_least = above < known.last ? above : known.last + ints{};
+    const floats z = lanes(x) * known.beta, gradient = lanes(upstream);
+    const ints below = at_least - (z > known.knots.at(at_least));
+    const ints own = below + (below > 0);
+    const floats reach = gradient * (z - known.knots.at(own));
+    put(grad_x, gradient * (below > 0 ? known.slopes.at(own) : floats{}));
+    std::memcpy(r, &gradient, sizeof gradient);
+    std::memcpy(moment, &reach, sizeof reach);
+    std::memcpy(interval, &below, sizeof below);
+    return gradient * (__builtin_convertvector(above, floats) + known.n);
+}
+
+template <class T>
+float interval_slopes(const Intervals& known, const T* x, const T* upstream, const uint8_t* index,
+                      T* grad_x, float* r, float* moment, int32_t* interval, long size) {
+    floats codes = {};
+    long i = 0;
+    for (; i + LANES <= size; i += LANES)
+        codes += interval_lanes(known, x + i, upstream + i, index + i, grad_x + i, r + i, moment + i,
+                                interval + i);
+    if (i < size) {
+        T last_x[LANES] = {}, last_upstream[LANES] = {}, last_grad[LANES];
+        uint8_t last_index[LANES] = {};
+        std::memcpy(last_x, x + i, (size - i) * sizeof(T));
+        std::memcpy(last_upstream, upstream + i, (size - i) * sizeof(T));
+        std::memcpy(last_index, index + i, size - i);
+        codes += interval_lanes(known, last_x, last_upstream, last_index, last_grad, r + i,
+                                moment + i, interval + i);
+        std::memcpy(grad_x + i, last_grad, (size - i) * sizeof(T));
+    }
+    for (i = size; i % STRIP != 0; ++i) interval[i] = 0;
+    return sum_of(codes);
 }
 
 // Run `use` with a value of the tensor's type.
@@ -417,7 +474,7 @@ extern "C" void codebook(long half, const void* weights, const float* levels, lo
                 one[i] = 1.0f;
                 interval[i] = z[i] == z[i] ? index[i] + 1 : 0;
             }
-            for (long i = size; i % LANES != 0; ++i) interval[i] = 0;
+            for (long i = size; i % STRIP != 0; ++i) interval[i] = 0;
             sums_by_interval(error, one, interval, n_levels, part + n_sums * block, size);
         });
     });
@@ -461,20 +518,21 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
                                     const uint8_t* index, const float* in_scale, const float* knots,
                                     const float* slopes, long n_knots, const float* qmin,
                                     void* grad_values, float* sums, long n_values, long threads) {
-    const float beta = *in_scale, n = *qmin;
+    const Intervals known = {Lookup(knots, n_knots), Lookup(slopes, n_knots),
+                             static_cast<int32_t>(n_knots - 1), *in_scale, *qmin};
     const long n_sums = 2 * n_knots + 1;
     std::vector<float> parts(n_sums * blocks_of(n_values));
     float* part = parts.data();
-    typed(half, [=](auto kind) {
+    typed(half, [=, &known](auto kind) {
         using T = decltype(kind);
         const T *x = static_cast<const T*>(values), *gradient = static_cast<const T*>(upstream);
         T* to = static_cast<T*>(grad_values);
-        for_blocks(1, n_values, threads, [=](long block, long, long at, long size) {
+        for_blocks(1, n_values, threads, [=, &known](long block, long, long at, long size) {
             float r[BLOCK], moment[BLOCK];
             int32_t interval[BLOCK];
             float* own = part + n_sums * block;
-            own[n_sums - 1] = interval_slopes(x + at, gradient + at, index + at, beta, knots, slopes,
-                                              n_knots, n, to + at, r, moment, interval, size);
+            own[n_sums - 1] = interval_slopes(known, x + at, gradient + at, index + at, to + at, r,
+                                              moment, interval, size);
             sums_by_interval(r, moment, interval, n_knots, own, size);
         });
     });
