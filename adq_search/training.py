@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -13,10 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adq_search.checkpoint import TrainingCheckpoint, load_training_state_, training_state
 from adq_search.distill import DistillationSettings, Teacher, distillation_loss, kl_to_teacher
+from adq_search.global_batch_norm import global_batch_norms
+from adq_search.layout import training_layout
+from adq_search.parallel import ALONE, Ranks
 from adq_search.progress import Progress
 from adq_search.stacking import Stack
-from adq_search.tasks import Part, Task
+from adq_search.tasks import Batch, Part, Task
 from adq_search.validation import StrictModel
 
 EVALUATION_BATCH = 512
@@ -41,6 +46,11 @@ class TrainingSettings(StrictModel):
             float32.
         networks_per_pass: Networks that the Optuna host trains at once, as one. With 1, a result
             depends on its policy and the seed alone; with more, it does so within rounding.
+        warm_start: Begin each trial from the weights of the nearest policy that was trained, not
+            from the teacher's: `adq_search.warm_start`.
+        checkpoint_every_s: Seconds of training from one checkpoint of a trial to the next, at
+            least; they are written after epochs, but not by passes of several networks. No result
+            depends on it.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 6
@@ -53,6 +63,8 @@ class TrainingSettings(StrictModel):
     batch_norm_batches: Annotated[int, Field(ge=1)] = 16
     precision: Literal["float32", "bfloat16"] = "float32"
     networks_per_pass: Annotated[int, Field(ge=1, le=64)] = 1
+    warm_start: bool = False
+    checkpoint_every_s: Annotated[float, Field(ge=0.0)] = 30.0
 
 
 class Monitor(Protocol):
@@ -134,6 +146,8 @@ def fit(
     *,
     teacher: Teacher | None = None,
     monitor: Monitor | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
+    ranks: Ranks = ALONE,
     seed: int,
 ) -> FitOutcome:
     """Train `network` in place on the task's training part.
@@ -146,18 +160,34 @@ def fit(
         task: Gives data and augmentation.
         settings: The recipe.
         teacher: Distil from it, as `settings.distillation` says; None trains on labels.
-        monitor: Told of every epoch; may end the run.
+        monitor: Told of every epoch, those before an interruption too; may end the run.
+        checkpoint: Where the run saves itself, and goes on from if it was interrupted.
+        ranks: The processes that train it together; `monitor` and `checkpoint` are the first one's.
         seed: Of data order and augmentation.
     """
     watch = monitor or Silent()
-    means = epoch_losses(network, task, settings, teacher=teacher, seed=seed)
+
+    def is_over(epoch: int, loss: float) -> bool:
+        watch.report(epoch, loss)
+        is_past = checkpoint is not None and epoch < checkpoint.resumed_epochs
+        return not is_past and epoch < settings.epochs and watch.should_stop()
+
     mean_loss = math.nan
-    for epoch, (mean_loss,) in enumerate(means, start=1):
-        if not math.isfinite(mean_loss):
-            return FitOutcome(epoch, mean_loss, is_finite=False, was_stopped=False)
-        watch.report(epoch, mean_loss)
-        if epoch < settings.epochs and watch.should_stop():
-            return FitOutcome(epoch, mean_loss, is_finite=True, was_stopped=True)
+    with global_batch_norms(network, ranks):
+        means = epoch_losses(
+            network,
+            task,
+            settings,
+            teacher=teacher,
+            checkpoint=checkpoint,
+            ranks=ranks,
+            seed=seed,
+        )
+        for epoch, (mean_loss,) in enumerate(means, start=1):
+            if not math.isfinite(mean_loss):
+                return FitOutcome(epoch, mean_loss, is_finite=False, was_stopped=False)
+            if ranks.decided(partial(is_over, epoch, mean_loss)):
+                return FitOutcome(epoch, mean_loss, is_finite=True, was_stopped=True)
     return FitOutcome(settings.epochs, mean_loss, is_finite=True, was_stopped=False)
 
 
@@ -196,15 +226,21 @@ def epoch_losses(
     settings: TrainingSettings,
     *,
     teacher: Teacher | None,
+    checkpoint: TrainingCheckpoint | None = None,
+    ranks: Ranks = ALONE,
     seed: int,
 ) -> Iterator[list[float]]:
     """Train epoch by epoch; yield the mean training loss of each network after each epoch.
+
+    Epochs that a checkpoint holds are not trained again, only their losses are yielded.
 
     Args:
         network: Returns logits, # shape: (N, classes), or (K, N, classes) if it is K networks.
         task: Gives data and augmentation.
         settings: The recipe.
         teacher: Distil from it, as `settings.distillation` says.
+        checkpoint: Where the run saves itself, and goes on from if it was interrupted.
+        ranks: The processes that train it together. All begin as the first one does.
         seed: Of data order and augmentation.
     """
     optimizer = torch.optim.SGD(
@@ -216,56 +252,78 @@ def epoch_losses(
     )
     rates = [group["lr"] for group in optimizer.param_groups]
     n_steps = settings.epochs * math.ceil(len(task.train) / settings.batch_size)
-    step = 0
     guide = teacher if settings.distillation.enabled else None
     generator = torch.Generator().manual_seed(seed)
+    past, step = ranks.decided(
+        lambda: (
+            ([], 0) if checkpoint is None else checkpoint.restore_(network, optimizer, generator)
+        )
+    )
+    if ranks.size > 1:
+        begin = ranks.copied(training_state(network, optimizer, generator))
+        load_training_state_(network, optimizer, generator, begin)
+    yield from past
+    layout = training_layout(network, task.example())
     network.train()
-    for epoch in range(1, settings.epochs + 1):
+    for epoch in range(len(past) + 1, settings.epochs + 1):
         sums: list[Tensor] = []
         for batch in task.train.batches(settings.batch_size, seed=_epoch_seed(seed, epoch)):
             if task.augment is not None:
                 batch = batch._replace(inputs=task.augment(batch.inputs, generator))
+            batch, share = ranks.share_of(batch)
             answers = None if guide is None else guide.logits(batch)
             with _precision(settings, batch.inputs.device.type):
-                logits: Tensor = network(batch.inputs)
+                logits: Tensor = network(batch.inputs.to(memory_format=layout))
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses = torch.stack(
                 [
-                    distillation_loss(own, batch.targets, answers, settings.distillation)
+                    _batch_loss(own, batch, answers, settings)
                     for own in (logits if logits.ndim == 3 else [logits])
                 ]
             )
             optimizer.zero_grad()
-            losses.sum().backward()
+            (losses.sum() * share).backward()
+            ranks.add_gradients_(network)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1.0 + math.cos(math.pi * step / n_steps)) / 2.0
             optimizer.step()
             step += 1
             sums.append(losses.detach() * len(batch.inputs))
-        yield (torch.stack(sums).sum(dim=0) / len(task.train)).tolist()
+        means = (ranks.total(torch.stack(sums).sum(dim=0)) / len(task.train)).tolist()
+        if checkpoint is not None:
+            checkpoint.after_epoch(network, optimizer, generator, losses=means, steps=step)
+        yield means
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, part: Part, teacher: Teacher | None = None) -> Evaluation:
+def evaluate(
+    network: nn.Module, part: Part, teacher: Teacher | None = None, *, ranks: Ranks = ALONE
+) -> Evaluation:
     """Measure `network` on a part, in eval mode.
 
     Args:
         network: Classifier that returns logits, shape (batch, classes).
         part: What it is measured on.
         teacher: What KL is taken from; None says the network is the teacher (KL 0).
+        ranks: The processes that measure it together, each a share.
     """
     was_training = network.training
     network.eval()
     right, loss, kl, n = 0.0, 0.0, 0.0, 0
-    for batch in part.batches(EVALUATION_BATCH):
+    for whole in part.batches(EVALUATION_BATCH):
+        batch, _ = ranks.share_of(whole)
         logits: Tensor = network(batch.inputs)
         size = len(batch.targets)
+        if size == 0:
+            continue
         right += float((logits.argmax(dim=-1) == batch.targets).sum())
         loss += float(F.cross_entropy(logits, batch.targets)) * size
         if teacher is not None:
             kl += float(kl_to_teacher(logits, teacher.answer(batch.inputs))) * size
         n += size
     network.train(was_training)
+    sums = torch.tensor([right, loss, kl, n], dtype=torch.float64)
+    right, loss, kl, n = ranks.total(sums).tolist()
     return Evaluation(accuracy=right / n, loss=loss / n, kl=kl / n)
 
 
@@ -313,6 +371,15 @@ def _parameter_groups(network: nn.Module, settings: TrainingSettings) -> list[di
         {"params": parameters, "lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
+
+
+def _batch_loss(
+    logits: Tensor, batch: Batch, answers: Tensor | None, settings: TrainingSettings
+) -> Tensor:
+    """Return the mean loss of a share; of an empty one 0, with a graph as the others have it."""
+    if len(batch.targets) == 0:
+        return logits.sum()
+    return distillation_loss(logits, batch.targets, answers, settings.distillation)
 
 
 def _precision(settings: TrainingSettings, device: str) -> torch.autocast:

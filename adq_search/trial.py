@@ -12,9 +12,12 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from adq_search.checkpoint import Origin, TrainingCheckpoint
 from adq_search.convert import apply_policy_, measure_health, reestimate_batch_norm_
 from adq_search.distill import Teacher
+from adq_search.global_batch_norm import global_batch_norms
 from adq_search.integer import snap_codebooks_
+from adq_search.parallel import ALONE, Ranks
 from adq_search.policy import Policy
 from adq_search.stacking import Stack
 from adq_search.tasks import Task
@@ -28,6 +31,7 @@ from adq_search.training import (
     fit_stack,
     training_inputs,
 )
+from adq_search.warm_start import Donor, begin_from_
 
 State = Literal["complete", "diverged", "stopped"]
 
@@ -51,6 +55,9 @@ class TrialResult:
         reason: Why it diverged or stopped.
         weights_fingerprint: Of the weights that were measured, see `fingerprint_of`; None in
             results of versions that did not take it.
+        seed: Of everything random in the trial; None in results of versions that did not tell.
+        donor: Hash of the policy whose weights training began from; None for the teacher's.
+        epochs_before: Epochs that those weights had been trained for, by donors of donors too.
     """
 
     policy: Policy
@@ -65,6 +72,9 @@ class TrialResult:
     health: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     weights_fingerprint: str | None = None
+    seed: int | None = None
+    donor: str | None = None
+    epochs_before: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON; NaN never appears, a missing figure is null."""
@@ -87,12 +97,15 @@ def run_trial(
     cost: Mapping[str, float],
     *,
     monitor: Monitor | None = None,
+    donor: Donor | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
+    ranks: Ranks = ALONE,
     seed: int,
 ) -> tuple[TrialResult, nn.Module]:
     """Train the network under `policy` from the teacher's weights, and measure it.
 
-    The result depends on the policy, the task, the teacher, the settings and the seed, and on
-    nothing that ran before it in the process. What is measured is what is deployed: after
+    The result depends on the policy, the task, the teacher, the settings, the donor and the seed,
+    and on nothing that ran before it in the process. What is measured is what is deployed: after
     training, codebooks are rounded to integer level words, batch norms are re-estimated for the
     rounded levels, and only then accuracy is taken.
 
@@ -103,6 +116,12 @@ def run_trial(
         settings: The training recipe.
         cost: The policy's total cost figures, known before training; copied into the result.
         monitor: Told of every epoch; may stop the trial.
+        donor: Whose weights training begins from, instead of the teacher's.
+        checkpoint: Where training saves itself, and goes on from if it was interrupted: the result
+            is the same, but for its seconds.
+        ranks: The processes that train it together; each calls this with the same policy, task,
+            teacher, settings and seed, and has the same result, which is that of one process within
+            rounding. Monitor, donor and checkpoint are asked in the first one alone.
         seed: Of everything random in the trial.
 
     Returns:
@@ -110,18 +129,38 @@ def run_trial(
 
     Raises:
         PolicyError: The policy does not fit the network.
+        ParallelError: The processes were given different trials, or lost each other.
     """
     start = time.perf_counter()
+    ranks.check_same("trial", f"{policy.hash} {seed} {settings.model_dump_json()}")
     with torch.random.fork_rng(devices=[]):
-        network = _student(policy, task, teacher, settings, seed)
+        network = _student(policy, task, teacher, settings, donor, seed)
         ready = time.perf_counter()
-        outcome = fit(network, task, settings, teacher=teacher, monitor=monitor, seed=seed)
+        origin = _origin_of(donor)
+        if checkpoint is not None:
+            checkpoint.origin = origin
+        outcome = fit(
+            network,
+            task,
+            settings,
+            teacher=teacher,
+            monitor=monitor,
+            checkpoint=checkpoint,
+            ranks=ranks,
+            seed=seed,
+        )
         if outcome.is_finite:
             snap_codebooks_(network)
-            reestimate_batch_norm_(network, training_inputs(task, settings, seed=seed))
-        trained = time.perf_counter()
-        draft = _draft(policy, outcome, cost, wall_s=trained - start, train_s=trained - ready)
-        return _measured(draft, network, task, teacher, settings, seed), network
+            inputs = training_inputs(task, settings, seed=seed)
+            with global_batch_norms(network, ranks):
+                reestimate_batch_norm_(network, (x[ranks.own(len(x))] for x in inputs))
+        trained = time.perf_counter() + (0.0 if checkpoint is None else checkpoint.resumed_s)
+        draft = replace(
+            _draft(policy, outcome, cost, wall_s=trained - start, train_s=trained - ready),
+            seed=seed,
+            **(origin if checkpoint is None else checkpoint.origin).model_dump(),
+        )
+        return _measured(draft, network, task, teacher, settings, seed, ranks), network
 
 
 def run_trials(
@@ -131,6 +170,7 @@ def run_trials(
     settings: TrainingSettings,
     costs: Sequence[Mapping[str, float]],
     *,
+    donors: Sequence[Donor | None] | None = None,
     seed: int,
 ) -> list[tuple[TrialResult, nn.Module]]:
     """Train the networks of several policies in one pass, and measure each.
@@ -145,6 +185,7 @@ def run_trials(
         teacher: Full-precision network.
         settings: The training recipe.
         costs: The total cost figures of each policy.
+        donors: Whose weights each begins from; None where it is the teacher's.
         seed: Of everything random in each trial.
 
     Returns:
@@ -154,8 +195,12 @@ def run_trials(
         PolicyError: A policy does not fit the network.
     """
     start = time.perf_counter()
+    begun = donors or [None] * len(policies)
     with torch.random.fork_rng(devices=[]):
-        networks = [_student(policy, task, teacher, settings, seed) for policy in policies]
+        networks = [
+            _student(policy, task, teacher, settings, donor, seed)
+            for policy, donor in zip(policies, begun, strict=True)
+        ]
         ready = time.perf_counter()
         stack = Stack(networks)
         outcomes = fit_stack(stack, task, settings, teacher=teacher, seed=seed)
@@ -169,8 +214,12 @@ def run_trials(
         trained = time.perf_counter()
         wall_s, train_s = ((trained - since) / len(policies) for since in (start, ready))
         drafts = [
-            _draft(policy, outcome, cost, wall_s=wall_s, train_s=train_s)
-            for policy, outcome, cost in zip(policies, outcomes, costs, strict=True)
+            replace(
+                _draft(policy, outcome, cost, wall_s=wall_s, train_s=train_s),
+                seed=seed,
+                **_origin_of(donor).model_dump(),
+            )
+            for policy, outcome, cost, donor in zip(policies, outcomes, costs, begun, strict=True)
         ]
         return [
             (_measured(draft, network, task, teacher, settings, seed), network)
@@ -179,14 +228,27 @@ def run_trials(
 
 
 def _student(
-    policy: Policy, task: Task, teacher: Teacher, settings: TrainingSettings, seed: int
+    policy: Policy,
+    task: Task,
+    teacher: Teacher,
+    settings: TrainingSettings,
+    donor: Donor | None,
+    seed: int,
 ) -> nn.Module:
-    """Return the teacher's network under a policy, calibrated."""
+    """Return the network under a policy with the weights that training begins from, calibrated."""
     torch.manual_seed(seed)
     network = task.make_network()
-    network.load_state_dict(teacher.network.state_dict())
     calibration = task.calibration(settings.calibration_samples, seed=seed)
+    if donor is not None:
+        return begin_from_(network, policy, donor, calibration)
+    network.load_state_dict(teacher.network.state_dict())
     return apply_policy_(network, policy, calibration)
+
+
+def _origin_of(donor: Donor | None) -> Origin:
+    if donor is None:
+        return Origin()
+    return Origin(donor=donor.policy.hash, epochs_before=donor.epochs)
 
 
 def _draft(
@@ -221,12 +283,14 @@ def _measured(
     teacher: Teacher,
     settings: TrainingSettings,
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> TrialResult:
     """Fill in what the validation part and the quantizers say; nothing after a divergence."""
     if draft.state == "diverged":
         return draft
     start = time.perf_counter()
-    measured = evaluate(network, task.validation, teacher)
+    with global_batch_norms(network, ranks):
+        measured = evaluate(network, task.validation, teacher, ranks=ranks)
     evaluated = time.perf_counter()
     health = measure_health(network, task.calibration(settings.calibration_samples, seed=seed))
     return replace(
