@@ -1,45 +1,79 @@
-"""Ray Tune as the host of a search, on this machine."""
+"""Ray Tune as the host of a search: on this machine, or on a cluster of any size."""
 
 from __future__ import annotations
 
-import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import optuna
-import torch
 
-from adq_search.errors import StorageError
-from adq_search.files import read_json, write_json
-from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
+from adq_search.errors import SpaceError, StorageError
+from adq_search.files import read_json
+from adq_search.hosting import HostOptions, HostOutcome, alone_in
 from adq_search.plan import Plan, check_fingerprint
-from adq_search.plugins._ray_installed import ray, tune
+from adq_search.plugins._ray_cluster import check_cluster, cluster
+from adq_search.plugins._ray_experiment import first_fault, run_experiment, storage_place
+from adq_search.plugins._ray_records import (
+    TrialStore,
+    false_stops,
+    hosted_trials,
+    measured_records,
+    reconcile,
+    records_of,
+)
+from adq_search.plugins._ray_replicates import run_replicates
 from adq_search.plugins.optuna_sampler import make_sampler
+from adq_search.plugins.ray_recorder import SessionRecorder
+from adq_search.plugins.ray_scheduler import make_scheduler
 from adq_search.plugins.ray_searcher import PolicySearcher
+from adq_search.plugins.ray_status import read_status
 from adq_search.progress import Progress
-from adq_search.provenance import now
-from adq_search.session import Session, reopen
+from adq_search.session import Session
+from adq_search.status import StudyStatus
+from adq_search.stopping import settled
+from adq_search.trial import TrialResult
 
-_TRIALS = "ray_trials"
+#: Experiments in a row that may lose a trial to machines that failed before it began.
+_MAX_ROUNDS = 5
 
 
 class RayHost:
-    """Runs a session as a Ray Tune experiment with as many concurrent trials as workers."""
+    """Runs a session as Ray Tune experiments; each resumption is a new one.
+
+    What is finished lies in the session's folder from the moment it ends, and an interrupted trial
+    leaves its checkpoints in the storage path: a resumption reads these, and nothing that Tune
+    keeps of an experiment for itself.
+    """
 
     def check(self, plan: Plan, folder: Path, options: HostOptions) -> None:
-        """Refuse a folder that holds trials unasked, or of another job."""
+        """Refuse a folder that holds trials unasked, or of another job, and impossible wishes."""
+        check_cluster(options)
         if options.storage is not None:
             msg = "The host 'ray' keeps its trials in --out. Leave --storage out."
             raise StorageError(msg)
-        n_known = len(list((folder / _TRIALS).glob("*.json")))
-        if n_known == 0 and options.resume and not (folder / "session.json").exists():
+        if options.dashboard:
+            msg = (
+                "Pages of optuna-dashboard lie in an Optuna storage, which the host 'ray' has not. "
+                "Leave --dashboard out."
+            )
+            raise StorageError(msg)
+        if plan.job.training.warm_start:
+            msg = (
+                "Trials on other machines have no finished networks to begin from. Leave "
+                "'training.warm_start' out, or choose the host 'optuna'."
+            )
+            raise SpaceError(msg)
+        TrialStore(storage_place(folder, options))
+        is_begun = (folder / "session.json").exists()
+        if options.resume and not is_begun:
             msg = f"There is nothing to resume in {folder}. Leave --resume out."
             raise StorageError(msg)
-        if (folder / "session.json").exists():
+        if is_begun:
             stored = read_json(folder / "session.json", StorageError, what="session")
             check_fingerprint(stored["fingerprint"], plan.fingerprint, where=f"folder {folder}")
             if not options.resume:
+                n_known = len(list((folder / "trials").glob("*.json")))
                 msg = (
                     f"{folder} holds a search with {n_known} measured trials. Give --resume to go "
                     "on, or choose another --out."
@@ -47,116 +81,83 @@ class RayHost:
                 raise StorageError(msg)
 
     def run(self, session: Session, options: HostOptions, progress: Progress) -> HostOutcome:
-        """Measure policies until the job's number of trials is reached."""
-        known = _hosted(session)
-        n_missing = session.plan.job.search.trials - len(known)
-        if n_missing <= 0:
-            return HostOutcome(trials=known)
+        """Measure policies until the job's number of trials is reached, or its stop rule is met.
+
+        Raises:
+            StorageError: A trial failed again and again, for the reason told, or another run is at
+                work in the folder.
+        """
+        plan = session.plan
+        store = TrialStore(storage_place(session.folder, options))
+        n_rejected = n_repeated = 0
+        with alone_in(session.folder), cluster(options):
+            for _ in range(_MAX_ROUNDS):
+                checkpoints = reconcile(session, store)
+                known = measured_records(session)
+                end = settled(plan, [result for result, _ in known])
+                n_missing = plan.job.search.trials - len(known)
+                if n_missing <= 0 or end is not None:
+                    break
+                scheduler = make_scheduler(plan, known)
+                recorder = SessionRecorder(session, progress, scheduler=scheduler)
+                searcher = _searcher(session, known, recorder)
+                results = run_experiment(
+                    session,
+                    options,
+                    searcher,
+                    [recorder],
+                    name=options.study,
+                    n_trials=n_missing,
+                    scheduler=scheduler,
+                    interrupted=checkpoints,
+                )
+                n_rejected += searcher.n_rejected
+                n_repeated += searcher.n_repeated
+                end = recorder.end
+                if not results.num_errors:
+                    break
+                if (fault := first_fault(results.errors)) is not None:
+                    raise fault
+            else:
+                told = str(results.errors[0]).strip().splitlines()[-1]
+                msg = (
+                    f"Trials were lost in {_MAX_ROUNDS} experiments in a row: {told} Give --resume "
+                    "once machines and disks are well; nothing finished is lost."
+                )
+                raise StorageError(msg)
+            run_replicates(session, options, progress)
+            return HostOutcome(
+                hosted_trials(session),
+                n_rejected=n_rejected,
+                n_repeated=n_repeated,
+                end=end,
+                false_stops=false_stops(session),
+            )
+
+    def status_in(self, folder: Path) -> StudyStatus:
+        """Look at the search in a folder without touching it.
+
+        Raises:
+            StorageError: The folder holds no search, or is damaged.
+        """
+        return read_status(folder)
+
+
+def _searcher(
+    session: Session,
+    known: Sequence[tuple[TrialResult, tuple[float, ...]]],
+    recorder: SessionRecorder,
+) -> PolicySearcher:
+    """Return a searcher that knows what is measured, and begins with what was interrupted."""
+    measured = {result.policy.hash for result, _ in known}
+    records = records_of(session.folder)
+    first = [record.parameters for record in records if record.policy_hash not in measured]
+    sampler = None
+    if session.plan.job.search.sampler != "guide":
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            searcher = PolicySearcher(
-                session.plan,
-                session.seeds,
-                [trial.result for trial in known],
-                sampler=make_sampler(session, seed=session.plan.job.search.seed + len(known)),
-            )
-        was_running = ray.is_initialized()
-        if not was_running:
-            ray.init(include_dashboard=False, log_to_driver=False, num_cpus=options.workers)
-        try:
-            results = tune.Tuner(
-                tune.with_resources(
-                    tune.with_parameters(
-                        _train,
-                        folder=str(session.folder.resolve()),
-                        n_threads=torch.get_num_threads(),
-                    ),
-                    {"cpu": 1},
-                ),
-                tune_config=tune.TuneConfig(
-                    search_alg=searcher,
-                    num_samples=n_missing,
-                    max_concurrent_trials=options.workers,
-                ),
-                run_config=tune.RunConfig(
-                    name=options.study,
-                    storage_path=str((session.folder / "ray").resolve()),
-                    verbose=0,
-                    callbacks=[_Counter(progress, len(known), session.plan.job.search.trials)],
-                ),
-            ).fit()
-        finally:
-            if not was_running:
-                ray.shutdown()
-        if results.num_errors:
-            first = str(results.errors[0]).strip().splitlines()[-1]
-            msg = (
-                f"{results.num_errors} of {n_missing} Ray trials failed; the first: {first}. Mend "
-                "the cause, then give --resume."
-            )
-            raise StorageError(msg)
-        return HostOutcome(
-            trials=_hosted(session),
-            n_rejected=searcher.n_rejected,
-            n_repeated=searcher.n_repeated,
-        )
-
-
-class _Counter(tune.Callback):
-    """Tells how many trials are finished."""
-
-    def __init__(self, progress: Progress, done: int, total: int) -> None:
-        self._progress = progress
-        self._done = done
-        self._total = total
-        progress.update("trials", done, total)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count a trial."""
-        self._done += 1
-        self._progress.update("trials", self._done, self._total)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the terminal's progress bar out of Ray's checkpoints of the experiment."""
-        return {"_done": self._done, "_total": self._total}
-
-
-@functools.lru_cache(maxsize=1)
-def _session(folder: str) -> Session:
-    return reopen(Path(folder))
-
-
-def _train(config: dict[str, Any], *, folder: str, n_threads: int) -> None:
-    """Be a Ray trial: measure the policy the configuration stands for, and report it once."""
-    torch.set_num_threads(n_threads)
-    session = _session(folder)
-    started_at = now()
-    policy = session.plan.space.policy_of(config)
-    result = session.measure(policy)
-    file = session.folder / _TRIALS / f"{policy.hash}.json"
-    write_json(
-        file,
-        {
-            "parameters": dict(config),
-            "origin": session.origin_of(policy),
-            "worker": tune.get_context().get_trial_id(),
-            "started_at": started_at,
-        },
-    )
-    measured = {"accuracy": result.accuracy, "loss": result.loss, "kl": result.kl}
-    tune.report({**result.cost, **measured, "state": result.state, "policy_hash": policy.hash})
-
-
-def _hosted(session: Session) -> tuple[HostedTrial, ...]:
-    """Return every trial whose record and result are in the folder, numbered as they started."""
-    found = []
-    for file in sorted((session.folder / _TRIALS).glob("*.json")):
-        record = read_json(file, StorageError, what="Ray trial")
-        result = session.result_of_hash(file.stem)
-        if result is not None:
-            found.append((record, result))
-    found.sort(key=lambda pair: (pair[0]["started_at"], pair[1].policy.hash))
-    return tuple(
-        HostedTrial(number=i, result=result, **record) for i, (record, result) in enumerate(found)
+            sampler = make_sampler(session, seed=session.plan.job.search.seed + len(known))
+    return PolicySearcher(
+        session, known=known, first=first, sampler=sampler, is_over=recorder.is_over
     )
