@@ -12,15 +12,22 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from adq_search.checkpoint import TrainingCheckpoint
 from adq_search.errors import StorageError
 from adq_search.plan import Plan, check_fingerprint
 from adq_search.plugins.optuna_lease import WORKER, worker_name
+from adq_search.plugins.optuna_pruner import FrontPruner
 from adq_search.policy import Policy
 from adq_search.session import Session
 from adq_search.space import Parameter
+from adq_search.training import Monitor
 from adq_search.trial import TrialResult
 
 FINGERPRINT = "adq_search.fingerprint"
+#: User attribute of a study whose search ended before its last trial: why.
+STOPPED = "adq_search.stopped"
+#: User attribute of a trial that trains a policy of the front again: with which seed.
+REPLICATE_SEED = "replicate_seed"
 _POLL_S = 0.02
 _PATIENCE_S = 10.0
 
@@ -32,6 +39,7 @@ class Verdict(StrEnum):
     OVER_BUDGET = "over budget"
     REPEATED = "repeated"
     SURPLUS = "surplus"
+    REPLICATE = "replicate"
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:
@@ -75,7 +83,12 @@ class PolicyObjective:
     Args:
         session: A prepared session.
         n_trials: Distinct policies to measure in the whole study; draws past it are pruned
-            untrained. None sets no limit.
+            untrained, as are those after the search was stopped. None sets no limit.
+        pruner: Stops hopeless trials by their training loss, but no seeds; their state is PRUNED,
+            their scores stay in the user attributes. None lets every trial finish.
+        checkpoint_of: Returns where a trial that measures a policy, with a seed of its own or the
+            job's (None), saves itself, and goes on from if its worker died; by default a file in
+            the session's folder.
         on_measured: Called with a trial and its result before the result is written into it.
         while_waiting: Called again and again while trials drawn earlier have no verdict yet; ends
             those of workers that are gone. None waits ten seconds for them and goes on.
@@ -90,21 +103,27 @@ class PolicyObjective:
         session: Session,
         *,
         n_trials: int | None = None,
+        pruner: FrontPruner | None = None,
+        checkpoint_of: Callable[[Trial, Policy, int | None], TrainingCheckpoint] | None = None,
         on_measured: Callable[[Trial, TrialResult], None] | None = None,
         while_waiting: Callable[[Trial], None] | None = None,
     ) -> None:
         self.session = session
         self.distributions = {p.name: distribution(p) for p in session.plan.space.parameters}
         self._n_trials = n_trials
+        self._pruner = pruner
+        self._checkpoint_of = checkpoint_of
         self._on_measured = on_measured
         self._while_waiting = while_waiting
 
     def __call__(self, trial: Trial) -> tuple[float, ...]:
         """Return the objective values, or raise `optuna.TrialPruned`."""
+        if REPLICATE_SEED in trial.user_attrs:
+            return self._replicate(trial)
         found = self.settle(trial)
         if not isinstance(found, Policy):
             return found
-        return self.finish(trial, self.session.measure(found))
+        return self.finish(trial, self._measure(trial, found, self._monitor(trial, found)))
 
     def settle(self, trial: Trial) -> Policy | tuple[float, ...]:
         """Draw; return the policy that has to be measured, or the values where they are known.
@@ -129,9 +148,10 @@ class PolicyObjective:
         same = next((t for t in earlier if t.user_attrs["policy_hash"] == policy.hash), None)
         if same is not None:
             return self._repeat(trial, same)
-        if self._n_trials is not None and len(earlier) >= self._n_trials:
+        is_full = self._n_trials is not None and len(earlier) >= self._n_trials
+        if is_full or self._was_stopped(trial.study):
             self._settle(trial, Verdict.SURPLUS)
-            msg = "the requested number of trials is reached"
+            msg = "the requested number of trials is reached, or the search was stopped"
             raise optuna.TrialPruned(msg)
         self._settle(trial, Verdict.MEASURED)
         trial.set_user_attr("origin", self.session.origin_of(policy))
@@ -150,6 +170,42 @@ class PolicyObjective:
             self._on_measured(trial, result)
         trial.set_user_attr("result", result.to_json())
         return self._values(result)
+
+    def _replicate(self, trial: Trial) -> tuple[float, ...]:
+        """Train a policy of the front again with the seed that the trial names."""
+        seed = int(trial.user_attrs[REPLICATE_SEED])
+        policy = self.session.plan.space.policy_of(self._draw(trial))
+        trial.set_user_attr(WORKER, worker_name())
+        for other in _live_trials(trial.study):
+            theirs = other.user_attrs.get("policy_hash"), other.user_attrs.get(REPLICATE_SEED)
+            if other.number < trial.number and theirs == (policy.hash, seed):
+                msg = f"repeats trial {other.number}"
+                raise optuna.TrialPruned(msg)
+        result = self._measure(trial, policy, seed=seed)
+        trial.set_user_attr("result", result.to_json())
+        return self._values(result)
+
+    def _measure(
+        self, trial: Trial, policy: Policy, monitor: Monitor | None = None, seed: int | None = None
+    ) -> TrialResult:
+        saved = None if self._checkpoint_of is None else self._checkpoint_of(trial, policy, seed)
+        return self.session.measure(policy, monitor, checkpoint=saved, seed=seed)
+
+    def _monitor(self, trial: Trial, policy: Policy) -> _Rungs | None:
+        """Return who watches a trial; seeds, which others are compared with, finish."""
+        if self._pruner is None:
+            return None
+        is_seed = any(seed.policy == policy for seed in self.session.seeds)
+        return _Rungs(trial, self._pruner, self._known(policy), can_stop=not is_seed)
+
+    def _known(self, policy: Policy) -> list[float]:
+        """Return the objectives that are known before training, in the study's order."""
+        totals = self.session.plan.totals(policy)
+        return [totals[n] for n in self.session.plan.job.search.objectives if n in totals]
+
+    def _was_stopped(self, study: Study) -> bool:
+        has_rule = self.session.plan.job.search.stop is not None
+        return has_rule and study.user_attrs.get(STOPPED) is not None
 
     def _values(self, result: TrialResult) -> tuple[float, ...]:
         if result.state != "complete":
@@ -199,6 +255,29 @@ class PolicyObjective:
             time.sleep(_POLL_S)
 
 
+class _Rungs:
+    """A monitor that asks a pruner after each epoch that this process has trained."""
+
+    def __init__(
+        self, trial: Trial, pruner: FrontPruner, known: Sequence[float], *, can_stop: bool
+    ) -> None:
+        self._trial = trial
+        self._pruner = pruner
+        self._known = known
+        self._can_stop = can_stop
+        self._at = (0, 0.0)
+
+    def report(self, epoch: int, loss: float) -> None:
+        """Show the pruner where the training stands, or stood before it was interrupted."""
+        self._at = epoch, loss
+        self._pruner.keep(self._trial, epoch, loss)
+
+    def should_stop(self) -> bool:
+        """Whether the pruner gives the trial up; it is asked of seeds too, to learn its errors."""
+        gives_up = self._pruner.should_stop(self._trial, *self._at, known=self._known)
+        return gives_up and self._can_stop
+
+
 def measuring(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return the trials that train, or have trained, a policy of their own."""
     return [t for t in trials if t.user_attrs.get("verdict") == Verdict.MEASURED]
@@ -212,7 +291,7 @@ def result_of(trial: FrozenTrial) -> TrialResult | None:
 
 def _is_claim(trial: FrozenTrial) -> bool:
     if trial.state == TrialState.WAITING:
-        return "policy_hash" in trial.user_attrs
+        return "policy_hash" in trial.user_attrs and REPLICATE_SEED not in trial.user_attrs
     return trial.user_attrs.get("verdict") == Verdict.MEASURED
 
 

@@ -13,42 +13,21 @@ Example:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 from optuna.pruners import BasePruner
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from adq_search.errors import AdqSearchError
-from adq_search.guide import forecast_end
-from adq_search.pareto import Direction, dominates, front_indices
+from adq_search.pareto import Direction, front_indices
+from adq_search.plan import Plan
+from adq_search.plugins._stopping_rule import Finished, StoppingRule, measured_axis, rungs_of
+from adq_search.stopping import FalseStops
 
 #: User attribute that holds a trial's scores, and the epoch at which it was condemned.
 SCORES = "front_pruner.scores"
 CONDEMNED = "front_pruner.condemned"
-
-
-@dataclass(frozen=True, slots=True)
-class FalseStops:
-    """What became of trials that were condemned, but allowed to finish.
-
-    Attributes:
-        n_condemned: Trials that a rung condemned.
-        n_spared: Those of them that ran on, and have finished.
-        n_on_front: Those of them that are on the study's front now.
-    """
-
-    n_condemned: int
-    n_spared: int
-    n_on_front: int
-
-    @property
-    def rate(self) -> float:
-        """Share of the spared trials that stopping would have taken off the front; NaN of none."""
-        return self.n_on_front / self.n_spared if self.n_spared else math.nan
 
 
 class FrontPruner(BasePruner):
@@ -86,21 +65,9 @@ class FrontPruner(BasePruner):
         spared: float = 0.1,
         seed: int = 0,
     ) -> None:
-        if not rungs or min(rungs) < 1 or list(rungs) != sorted(set(rungs)):
-            msg = f"Rungs are rising epochs from 1 on, but are {tuple(rungs)}. Give (2, 4)."
-            raise AdqSearchError(msg)
-        if not 0.5 <= confidence < 1.0 or not 0.0 <= spared <= 1.0:
-            msg = (
-                f"The confidence lies from 0.5 to below 1 and the spared share from 0 to 1, but "
-                f"they are {confidence} and {spared}."
-            )
-            raise AdqSearchError(msg)
-        self._rungs = tuple(rungs)
+        self._rule = StoppingRule(tuple(rungs), confidence, spared, seed)
         self._measured = measured
         self._sign = -1.0 if is_score_maximized else 1.0
-        self._confidence = confidence
-        self._spared = spared
-        self._seed = seed
 
     def should_stop(
         self, trial: Trial, epoch: int, score: float, *, known: Sequence[float] = ()
@@ -123,10 +90,8 @@ class FrontPruner(BasePruner):
                 f"one, but {len(known)} known values were given. Give one for each of the others."
             )
             raise AdqSearchError(msg)
-        oriented = self._sign * float(score)
-        scores = {**trial.user_attrs.get(SCORES, {}), str(epoch): oriented}
-        trial.set_user_attr(SCORES, scores)
-        if epoch not in self._rungs or CONDEMNED in trial.user_attrs:
+        oriented = self.keep(trial, epoch, score)
+        if epoch not in self._rule.rungs or CONDEMNED in trial.user_attrs:
             return False
         finished = {
             t.number: scores[epoch] for t in _complete(study) if epoch in (scores := scores_of(t))
@@ -134,12 +99,24 @@ class FrontPruner(BasePruner):
         if not self._is_hopeless(study, finished, oriented, list(map(float, known))):
             return False
         trial.set_user_attr(CONDEMNED, epoch)
-        return not self._is_spared(trial.number)
+        return not self._rule.is_spared(trial.number)
+
+    def keep(self, trial: Trial, epoch: int, score: float) -> float:
+        """Keep a score and decide nothing, as of an epoch before an interruption.
+
+        Returns:
+            The score, oriented: smaller is better.
+        """
+        oriented = self._sign * float(score)
+        scores = trial.user_attrs.get(SCORES, {})
+        if scores.get(str(epoch)) != oriented:
+            trial.set_user_attr(SCORES, {**scores, str(epoch): oriented})
+        return oriented
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Answer `Trial.should_prune` in a study with one objective."""
         step = trial.last_step
-        if step is None or step not in self._rungs:
+        if step is None or step not in self._rule.rungs:
             return False
         finished = {
             t.number: self._sign * t.intermediate_values[step]
@@ -148,7 +125,7 @@ class FrontPruner(BasePruner):
         }
         score = self._sign * trial.intermediate_values[step]
         hopeless = self._is_hopeless(study, finished, score, [])
-        return hopeless and not self._is_spared(trial.number)
+        return hopeless and not self._rule.is_spared(trial.number)
 
     def false_stops(self, study: Study) -> FalseStops:
         """Return what became of the condemned trials that were spared."""
@@ -170,23 +147,18 @@ class FrontPruner(BasePruner):
             score: The running trial's, likewise.
             known: Its values of the other objectives.
         """
-        complete = _complete(study)
-        directions = _directions(study)
-        sign = -1.0 if directions[self._measured] == "maximize" else 1.0
-        with_score = [t for t in complete if t.number in finished]
-        forecast = forecast_end(
-            np.array([finished[t.number] for t in with_score]),
-            np.array([sign * t.values[self._measured] for t in with_score]),
-            score,
+        trials = [Finished(t.values, finished.get(t.number)) for t in _complete(study)]
+        return self._rule.is_hopeless(
+            trials, score, known, _directions(study), measured=self._measured
         )
-        if forecast is None:
-            return False
-        end = sign * forecast.at_best(self._confidence)
-        hoped = [*known[: self._measured], end, *known[self._measured :]]
-        return any(dominates(t.values, hoped, directions) for t in complete)
 
-    def _is_spared(self, number: int) -> bool:
-        return float(np.random.default_rng([self._seed, number]).random()) < self._spared
+
+def make_pruner(plan: Plan) -> FrontPruner | None:
+    """Return the pruner that a job asks for, None where it asks for none."""
+    rungs = rungs_of(plan)
+    if not rungs:
+        return None
+    return FrontPruner(rungs, measured=measured_axis(plan), seed=plan.job.search.seed)
 
 
 def scores_of(trial: FrozenTrial) -> dict[int, float]:

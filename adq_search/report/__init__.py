@@ -9,7 +9,7 @@ from adq_search.report.front import (
     full_precision_point,
     make_front_report,
 )
-from adq_search.report.headline import headline, within_budgets
+from adq_search.report.headline import certainty, headline, within_budgets
 from adq_search.report.indicators import Hypervolume, hypervolume_history
 from adq_search.report.page import render_page
 from adq_search.report.records import (
@@ -18,6 +18,7 @@ from adq_search.report.records import (
     select_front,
     uniform_records,
 )
+from adq_search.report.replicated import Replicate, Replicated
 from adq_search.report.svg import front_svg
 from adq_search.report.tables import front_table, trials_frame
 
@@ -27,7 +28,10 @@ __all__ = [
     "FrontReport",
     "Hypervolume",
     "IntegerCheck",
+    "Replicate",
+    "Replicated",
     "TrialRecord",
+    "certainty",
     "front_svg",
     "front_table",
     "full_precision_point",

@@ -15,6 +15,7 @@ from adq_search.report.front import FrontPoint, FrontReport
 from adq_search.report.headline import saving_of
 from adq_search.report.indicators import hypervolume_history
 from adq_search.report.records import TrialRecord, is_within
+from adq_search.report.replicated import mean_of
 from adq_search.report.units import Unit, amount, axis_title, title_of, unit_of
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -56,6 +57,8 @@ def front_figure(report: FrontReport, records: Sequence[TrialRecord]) -> go.Figu
     if len(report.objectives) == 2:
         figure.add_trace(_steps_trace(report, unit))
     figure.add_trace(_points_trace("front", report.points, report, unit, BLUE, "circle", 11))
+    if any(p.replicated is not None for p in report.points):
+        figure.add_trace(_replicates_trace(report, unit))
     if report.closest:
         figure.add_trace(
             _points_trace(
@@ -124,6 +127,10 @@ def _quality_range(report: FrontReport) -> list[float]:
     _, quality = report.axes
     shown = (*report.points, *report.closest, *report.uniform, report.full_precision)
     values = [p.value(quality) for p in shown]
+    for again in (p.replicated for p in report.points if p.replicated is not None):
+        if quality in again.means:
+            mean, error = again.means[quality], again.errors.get(quality, 0.0)
+            values += [mean - error, mean + error]
     margin = 0.08 * (max(values) - min(values)) or 0.01
     return [min(values) - margin, max(values) + margin]
 
@@ -210,6 +217,32 @@ def _point_hover(point: FrontPoint, report: FrontReport) -> str:
         *(f"{title_of(k)}: {amount(k, point.cost[k])}" for k in _told(point.cost)),
     ]
     return "<br>".join(lines)
+
+
+def _replicates_trace(report: FrontReport, unit: Unit) -> go.Scatter:
+    """The means of the front's further trainings, with their standard errors."""
+    axis, quality = report.axes
+    shown = [(p, p.replicated) for p in report.points if p.replicated is not None]
+    drawn = [(p, again) for p, again in shown if quality in again.means]
+    return go.Scatter(
+        x=[p.cost[axis] / unit.factor for p, _ in drawn],
+        y=[again.means[quality] for _, again in drawn],
+        error_y={
+            "type": "data",
+            "array": [again.errors.get(quality, 0.0) for _, again in drawn],
+            "color": PURPLE,
+        },
+        mode="markers",
+        name="trained again: mean and standard error",
+        marker={"color": PURPLE, "symbol": "line-ew-open", "size": 10, "line": {"width": 2}},
+        customdata=[
+            f"<b>{p.label}</b>, trained again {again.n_complete} times<br>"
+            f"{title_of(quality)} {mean_of(again, quality)}<br>"
+            f"not dominated with probability {again.probability:.2f}"
+            for p, again in drawn
+        ],
+        hovertemplate="%{customdata}<extra></extra>",
+    )
 
 
 def _steps_trace(report: FrontReport, unit: Unit) -> go.Scatter:

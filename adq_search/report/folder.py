@@ -15,6 +15,7 @@ from adq_search.report.front import FrontReport
 from adq_search.report.layer_figures import Costs
 from adq_search.report.page import render_page
 from adq_search.report.records import TrialRecord, trials_from_json, trials_to_json
+from adq_search.report.replicated import write_replicates_csv
 from adq_search.report.svg import front_svg
 from adq_search.report.tables import write_trials_csv
 from adq_search.validation import validated
@@ -38,8 +39,8 @@ def write_results(
 ) -> Path:
     """Write everything a report is made from, then the report.
 
-    `front.json`, `trials.json`, `costs.json`, `run.json`; `trials.csv`, `front.svg`,
-    `report.html`. Policies and weights are the caller's.
+    `front.json`, `trials.json`, `costs.json`, `run.json`; `trials.csv`, `replicates.csv` where
+    there are any, `front.svg`, `report.html`. Policies and weights are the caller's.
 
     Args:
         folder: The results folder; made where it is missing.
@@ -59,7 +60,7 @@ def write_results(
 
 
 def rebuild(folder: Path) -> Path:
-    """Make `trials.csv`, `front.svg` and `report.html` again from the JSON files of a folder.
+    """Make the CSV files, `front.svg` and `report.html` again from the JSON files of a folder.
 
     Returns:
         The path of `report.html`.
@@ -74,6 +75,8 @@ def rebuild(folder: Path) -> Path:
     run = _read(folder / "run.json", "run")
     _check_belong(report, records)
     write_trials_csv(records, folder / "trials.csv")
+    again = {str(p.policy_hash): p.replicated for p in report.points if p.replicated is not None}
+    write_replicates_csv(again, folder / "replicates.csv")
     write_text(folder / "front.svg", front_svg(report))
     page = folder / "report.html"
     write_text(page, render_page(report, records, form.policies, run))

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Self
-
-from pydantic import Field
+from typing import Any, Self
 
 from adq_search.errors import StorageError
-from adq_search.pareto import Direction, Objective
-from adq_search.report._read import MEASURED, StrictFile, axes_of, figure_of
+from adq_search.pareto import Objective
+from adq_search.report._front_file import FrontFile, PointFile
+from adq_search.report._read import MEASURED, axes_of, figure_of
 from adq_search.report.indicators import Hypervolume, hypervolume_of, knee_index
 from adq_search.report.records import (
     UNIFORM,
@@ -21,6 +20,7 @@ from adq_search.report.records import (
     select_front,
     uniform_records,
 )
+from adq_search.report.replicated import Replicate, Replicated, judge_front
 from adq_search.validation import validated
 
 SCHEMA = "adq_search.front/1"
@@ -65,6 +65,8 @@ class FrontPoint:
         integer_samples: Samples on which that was compared.
         integer_reason: Why `integer_verified` is false or None; None where there is nothing to
             say: it is true, or there are no integers (full precision).
+        donor: Hash of the policy whose weights its training began from; None for a cold start.
+        replicated: What further trainings say; None where there were none.
     """
 
     trial: int | None
@@ -81,6 +83,8 @@ class FrontPoint:
     integer_verified: bool | None = None
     integer_samples: int = 0
     integer_reason: str | None = None
+    donor: str | None = None
+    replicated: Replicated | None = None
 
     @property
     def is_uniform(self) -> bool:
@@ -122,6 +126,10 @@ class FrontReport:
         seconds: Where the time went, by part.
         hypervolume: None where there is nothing to refer to.
         knee: Policy hash of the front's knee; see `knee_index`.
+        end: Why the search ended before its last trial: `SearchEnd` in plain form; None where it
+            did not.
+        false_stops: What became of trials that a pruner condemned: `FalseStops` in plain form;
+            None where none was at work.
     """
 
     study: str
@@ -135,6 +143,8 @@ class FrontReport:
     seconds: dict[str, float] = field(default_factory=dict)
     hypervolume: Hypervolume | None = None
     knee: str | None = None
+    end: dict[str, Any] | None = None
+    false_stops: dict[str, int] | None = None
 
     @property
     def axes(self) -> tuple[str, str]:
@@ -166,7 +176,7 @@ class FrontReport:
         Raises:
             StorageError: The content is damaged, with the field at fault.
         """
-        form = validated(_FrontFile, content, StorageError, what="the file front.json")
+        form = validated(FrontFile, content, StorageError, what="the file front.json")
         volume = form.hypervolume
         report = cls(
             study=form.study,
@@ -180,58 +190,21 @@ class FrontReport:
             seconds=form.seconds,
             hypervolume=None if volume is None else Hypervolume(**volume.model_dump()),
             knee=form.knee,
+            end=form.end,
+            false_stops=form.false_stops,
         )
         _check_rows(report)
         return report
 
 
-class _ObjectiveFile(StrictFile):
-    name: str
-    direction: Direction
-
-
-class _PointFile(StrictFile):
-    trial: int | None
-    origin: str
-    policy_hash: str | None
-    accuracy: float | None
-    test_accuracy: float | None
-    loss: float | None
-    kl: float | None
-    cost: dict[str, float]
-    policy_file: str | None
-    weights_file: str | None
-    state: TrialState
-    # Not in files of versions that did not lower the front.
-    integer_verified: bool | None = None
-    integer_samples: int = 0
-    integer_reason: str | None = None
-
-
-class _HypervolumeFile(StrictFile):
-    value: float
-    share: float
-    reference: dict[str, float]
-    seeds_share: float | None = None
-
-
-class _FrontFile(StrictFile):
-    schema_: Literal["adq_search.front/1"] = Field(alias="schema")
-    study: str
-    objectives: list[_ObjectiveFile] = Field(min_length=1)
-    budgets: dict[str, float]
-    points: list[_PointFile]
-    baselines: list[_PointFile]
-    closest: list[_PointFile]
-    counts: dict[str, int]
-    prior: dict[str, Any] | None
-    seconds: dict[str, float]
-    hypervolume: _HypervolumeFile | None
-    knee: str | None
-
-
-def _points(rows: Sequence[_PointFile]) -> tuple[FrontPoint, ...]:
-    return tuple(FrontPoint(**row.model_dump()) for row in rows)
+def _points(rows: Sequence[PointFile]) -> tuple[FrontPoint, ...]:
+    return tuple(
+        FrontPoint(
+            **row.model_dump(exclude={"replicated"}),
+            replicated=None if row.replicated is None else Replicated.from_file(row.replicated),
+        )
+        for row in rows
+    )
 
 
 def _check_rows(report: FrontReport) -> None:
@@ -266,13 +239,17 @@ def make_front_report(
     budgets: Mapping[str, float],
     records: Sequence[TrialRecord],
     full_precision: FrontPoint,
-    test_accuracies: Mapping[str, float],
+    test_accuracies: Mapping[str, float] | None,
     kept_weights: Collection[str],
     integer_checks: Mapping[str, IntegerCheck] | None = None,
+    replicates: Mapping[str, Sequence[Replicate]] | None = None,
+    seed: int = 0,
     n_rejected: int = 0,
     n_repeated: int = 0,
     prior: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
+    end: Mapping[str, Any] | None = None,
+    false_stops: Mapping[str, int] | None = None,
 ) -> FrontReport:
     """Draw the sum of a search.
 
@@ -283,12 +260,17 @@ def make_front_report(
         records: All its trials.
         full_precision: The unquantized network; see `full_precision_point`.
         test_accuracies: Test accuracy by policy hash; every policy of the front must have one.
+            None while the search runs and the test part is not to be touched.
         kept_weights: Hashes of the policies whose weights lie in the results folder.
         integer_checks: How the lowered networks agree, by policy hash.
+        replicates: Further trainings of the policies of the front, by policy hash.
+        seed: Of the draws that judge those.
         n_rejected: Draws over budget, refused before training.
         n_repeated: Draws of a policy that was measured already.
         prior: What the prior said of itself.
         seconds: Where the time went, by part.
+        end: Why the search ended before its last trial.
+        false_stops: What became of trials that a pruner condemned.
 
     Raises:
         StorageError: A complete trial lacks an objective, or a front policy its test accuracy.
@@ -298,13 +280,15 @@ def make_front_report(
     def point(record: TrialRecord) -> FrontPoint:
         name = record.policy_hash
         check = (integer_checks or {}).get(name, IntegerCheck(None))
-        return _point(record, test_accuracies.get(name), check, kept_weights)
+        return _point(record, (test_accuracies or {}).get(name), check, kept_weights)
 
     front = select_front(records, objectives, budgets)
-    untested = [r.number for r in front if r.policy_hash not in test_accuracies]
-    if untested:
+    missing = [r for r in front if r.policy_hash not in (test_accuracies or {})]
+    if test_accuracies is not None and missing:
+        untested = [r.number for r in missing]
         msg = f"Every policy of the front is tested once, but trials {untested} are not. Test them."
         raise StorageError(msg)
+    judged = judge_front(front, replicates or {}, objectives, seed=seed)
     states = Counter[str](r.state for r in records)
     values = [[r.value(o.name) for o in objectives] for r in front]
     knee = knee_index(values, [o.direction for o in objectives])
@@ -314,7 +298,7 @@ def make_front_report(
         study=study,
         objectives=tuple(objectives),
         budgets=dict(budgets),
-        points=tuple(point(r) for r in front),
+        points=tuple(replace(point(r), replicated=judged.get(r.policy_hash)) for r in front),
         baselines=(
             *(point(r) for r in sorted(uniform_records(records), key=lambda r: r.cost[axis])),
             full_precision,
@@ -323,8 +307,19 @@ def make_front_report(
         counts={**states, "rejected": n_rejected, "repeated": n_repeated},
         prior=None if prior is None else dict(prior),
         seconds=dict(seconds or {}),
-        hypervolume=hypervolume_of(records, objectives, budgets),
+        hypervolume=hypervolume_of(
+            records,
+            objectives,
+            budgets,
+            retrained=[
+                {**r.cost, **found.means}
+                for r in front
+                if (found := judged.get(r.policy_hash)) is not None
+            ],
+        ),
         knee=None if knee is None else front[knee].policy_hash,
+        end=None if end is None else dict(end),
+        false_stops=None if false_stops is None else dict(false_stops),
     )
 
 
@@ -373,4 +368,5 @@ def _point(
         integer_verified=check.is_verified,
         integer_samples=check.samples,
         integer_reason=check.reason,
+        donor=record.donor,
     )

@@ -27,7 +27,13 @@ def headline(report: FrontReport) -> list[str]:
         *_in_integers(report),
         *_seeds_only(report),
         *_prior(report),
+        *certainty(report),
     ]
+
+
+def certainty(report: FrontReport) -> list[str]:
+    """Return how sure the front is, and what was stopped before its end; often nothing."""
+    return [*_again(report), *_warm(report), *_stopped(report)]
 
 
 def best_point(report: FrontReport) -> FrontPoint:
@@ -161,6 +167,61 @@ def _in_integers(report: FrontReport) -> list[str]:
     if n_verified == 0:
         return [f"{said} as they were measured."]
     return [f"{said} with the same codes (but ties) and classes, on {samples} validation samples."]
+
+
+def _again(report: FrontReport) -> list[str]:
+    """Say what is left of the front after it was trained again with new seeds."""
+    sums = [p.replicated for p in report.points if p.replicated is not None]
+    volume = report.hypervolume
+    if not sums:
+        return []
+    n_likely = sum(s.probability >= 0.5 for s in sums)
+    shares = (
+        ""
+        if volume is None or volume.retrained_share is None
+        else f" Its hypervolume is {volume.retrained_share:.4f} by their means, "
+        f"{volume.share:.4f} as found."
+    )
+    lost = sum(len(s.replicates) - s.n_complete for s in sums)
+    return [
+        f"Each policy of the front was trained again with {len(sums[0].replicates)} new seeds: "
+        f"{n_likely} of {len(sums)} are on the front with a probability of at least one half."
+        f"{shares}" + (f" {lost} of these trainings did not complete." if lost else "")
+    ]
+
+
+def _warm(report: FrontReport) -> list[str]:
+    """Warn where the front mixes training of different length."""
+    n_warm = sum(p.donor is not None for p in report.points)
+    if n_warm == 0:
+        return []
+    return [
+        f"{n_warm} of {len(report.points)} policies on the front began from another policy's "
+        "weights, and so had more training than their epochs tell: compare them with each other, "
+        "not with those that began from full precision."
+    ]
+
+
+def _stopped(report: FrontReport) -> list[str]:
+    """Say what was stopped: hopeless trials, and the search itself."""
+    out = []
+    stops, end = report.false_stops, report.end
+    if stops is not None and stops["n_condemned"]:
+        n_spared, n_wrong = stops["n_spared"], stops["n_on_front"]
+        errors = (
+            f"{n_spared} of them ran on, to know its errors, and {n_wrong} came onto the front: "
+            f"{100.0 * n_wrong / n_spared:.0f} % false stops."
+            if n_spared
+            else "None of them ran on, so its errors are not known."
+        )
+        out.append(f"The pruner condemned {stops['n_condemned']} trials. {errors}")
+    if end is not None:
+        out.append(
+            f"The search ended after {end['n_trials']} trials: over the last {end['patience']} its "
+            f"hypervolume grew by {100.0 * end['growth']:.2f} %, less than its standard error of "
+            f"{100.0 * end['error']:.2f} %."
+        )
+    return out
 
 
 def _seeds_only(report: FrontReport) -> list[str]:

@@ -26,38 +26,52 @@ class Hypervolume:
         reference: The reference point, by objective.
         seeds_share: The share that seeds and baselines reach without the sampler; None where
             there were none.
+        retrained_share: The share that the front reaches by the means of its replicates; None
+            where there were none.
     """
 
     value: float
     share: float
     reference: dict[str, float]
     seeds_share: float | None = None
+    retrained_share: float | None = None
 
 
 def hypervolume_of(
     records: Sequence[TrialRecord],
     objectives: Sequence[Objective],
     budgets: Mapping[str, float],
+    *,
+    retrained: Sequence[Mapping[str, float]] = (),
 ) -> Hypervolume | None:
-    """Return the hypervolume of the front of `records`; None where there is no reference point."""
+    """Return the hypervolume of the front of `records`; None where there is no reference point.
+
+    Args:
+        records: All trials.
+        objectives: Of the search.
+        budgets: Upper limits on cost figures.
+        retrained: Figures of the policies of the front by name, as replicates measured them; one
+            that lacks an objective counts for nothing.
+    """
     reference = reference_point(records, objectives)
     if reference is None:
         return None
 
+    def volume(points: list[list[float]]) -> float:
+        corner = [reference[o.name] for o in objectives]
+        return hypervolume(points, [o.direction for o in objectives], corner)
+
     def dominated_by(some: Sequence[TrialRecord]) -> float:
-        return hypervolume(
-            [
-                [r.value(o.name) for o in objectives]
-                for r in select_front(some, objectives, budgets)
-            ],
-            [o.direction for o in objectives],
-            [reference[o.name] for o in objectives],
-        )
+        front = select_front(some, objectives, budgets)
+        return volume([[r.value(o.name) for o in objectives] for r in front])
 
     value, box = dominated_by(records), _box(objectives, reference)
     seeds = [r for r in records if r.is_seed]
     seeds_share = dominated_by(seeds) / box if seeds else None
-    return Hypervolume(value, value / box, reference, seeds_share)
+    names = [o.name for o in objectives]
+    again = [[point[n] for n in names] for point in retrained if set(names) <= set(point)]
+    retrained_share = volume(again) / box if retrained else None
+    return Hypervolume(value, value / box, reference, seeds_share, retrained_share)
 
 
 def reference_point(

@@ -12,11 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from adq_search.report._read import MEASURED
 from adq_search.report.figures import front_figure, hypervolume_figure, undrawn
 from adq_search.report.front import FrontPoint, FrontReport
 from adq_search.report.headline import headline, saving_of
 from adq_search.report.layer_figures import Costs, bits_figure, shares_figure
 from adq_search.report.records import TrialRecord
+from adq_search.report.replicated import mean_of
 from adq_search.report.tables import INTEGER_MARKS
 from adq_search.report.units import amount, short_title_of, title_of
 
@@ -70,6 +72,9 @@ def render_page(
         hypervolume_reference=_reference(report),
         train_command=_train_command(report, run),
         facts=list(_facts(run)),
+        again=[p for p in report.points if p.replicated is not None],
+        measured=[o.name for o in report.objectives if o.name in MEASURED],
+        mean_of=mean_of,
         integer_marks=INTEGER_MARKS,
         amount=amount,
         title_of=title_of,

@@ -53,6 +53,8 @@ class TrialRecord:
         health: Steps of wrong sign, saturation, dead levels: totals, and `layers`.
         host_label: Which worker ran it.
         started_at: ISO 8601, UTC.
+        donor: Hash of the policy whose weights training began from; None for a cold start.
+        epochs_before: Epochs that those weights had been trained for.
     """
 
     number: int
@@ -70,6 +72,8 @@ class TrialRecord:
     health: dict[str, Any] = field(default_factory=dict)
     host_label: str = ""
     started_at: str = ""
+    donor: str | None = None
+    epochs_before: int = 0
 
     @property
     def policy_hash(self) -> str:
@@ -132,6 +136,9 @@ class _RecordFile(StrictFile):
     health: dict[str, Any]
     host_label: str
     started_at: str
+    # Not in files of versions that knew no warm start.
+    donor: str | None = None
+    epochs_before: int = 0
 
 
 class _TrialsFile(StrictFile):

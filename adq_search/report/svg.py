@@ -12,6 +12,7 @@ from adq_search.report.units import axis_title, title_of, unit_of
 _WIDTH, _HEIGHT = 760, 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 24, 46, 58
 _BLUE, _ORANGE, _BLACK, _GREY = "#0072B2", "#D55E00", "#111111", "#6b6b6b"
+_PURPLE = "#CC79A7"
 
 
 def front_svg(report: FrontReport) -> str:
@@ -27,6 +28,12 @@ def front_svg(report: FrontReport) -> str:
     xs = [p.cost[axis] / unit.factor for p in shown]
     ys = [p.value(quality) * percent for p in shown]
     low_x, high_x = min(xs) / 1.15, max(xs) * 1.25
+    ys += [
+        percent * (p.replicated.means[quality] + sign * p.replicated.errors.get(quality, 0.0))
+        for p in report.points
+        if p.replicated is not None and quality in p.replicated.means
+        for sign in (-1.0, 1.0)
+    ]
     step = _nice_step(max(ys) - min(ys))
     low_y, high_y = math.floor(min(ys) / step - 0.2) * step, math.ceil(max(ys) / step + 0.2) * step
 
@@ -52,6 +59,13 @@ def front_svg(report: FrontReport) -> str:
         _steps([(x_of(p), y_of(p)) for p in report.points]) if len(report.objectives) == 2 else "",
         *(_dot(x_of(p), y_of(p), p) for p in front),
     ]
+    for p in report.points:
+        if p.replicated is not None and quality in p.replicated.means:
+            mean, error = (
+                percent * of.get(quality, 0.0) for of in (p.replicated.means, p.replicated.errors)
+            )
+            ends = (_y(y, low_y, high_y) for y in (mean - error, mean, mean + error))
+            parts.append(_error_bar(x_of(p), *ends))
     for p in report.uniform:
         x, y = x_of(p), y_of(p)
         parts.append(
@@ -116,6 +130,14 @@ def _steps(places: Sequence[tuple[float, float]]) -> str:
     return (
         f'<path d="M{x:.1f} {y:.1f}{moves}" fill="none" stroke="{_BLUE}" stroke-width="2" '
         'stroke-opacity="0.7"/>'
+    )
+
+
+def _error_bar(x: float, low: float, middle: float, high: float) -> str:
+    """The mean of further trainings, and one standard error to either side."""
+    return (
+        f'<path d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 5:.1f} {middle:.1f}h10" fill="none" '
+        f'stroke="{_PURPLE}" stroke-width="2"/>'
     )
 
 

@@ -31,6 +31,8 @@ _TRIAL_COLUMNS = (
     "reason",
     "host_label",
     "started_at",
+    "donor",
+    "epochs_before",
 )
 
 
@@ -38,8 +40,8 @@ def trials_frame(records: Sequence[TrialRecord]) -> pd.DataFrame:
     """Return every trial as one row, in the order of their numbers.
 
     Columns: number, policy_hash, state, origin, accuracy, loss, kl, epochs, wall_s, reason,
-    host_label, started_at, then `cost.*`, `health.*` (totals) and `param.*`. What was not measured
-    or not drawn is missing, never zero.
+    host_label, started_at, donor, epochs_before, then `cost.*`, `health.*` (totals) and `param.*`.
+    What was not measured or not drawn is missing, never zero.
     """
     rows = [_row(record) for record in sorted(records, key=lambda r: r.number)]
     extra = list(dict.fromkeys(key for row in rows for key in row if key not in _TRIAL_COLUMNS))
