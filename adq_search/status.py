@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from adq_search.hosting import Host, HostedTrial
 from adq_search.job import Job
+from adq_search.parallel import ALONE, Ranks
 from adq_search.progress import Progress
 from adq_search.report import select_front
 from adq_search.report.indicators import hypervolume_of
@@ -70,12 +71,29 @@ class StudyStatus:
 class SharingHost(Host, Protocol):
     """A host whose studies others can join and look at."""
 
-    def work(self, storage: str, study: str, folder: Path, progress: Progress) -> int:
+    def work(
+        self,
+        storage: str,
+        study: str,
+        folder: Path,
+        progress: Progress,
+        *,
+        ranks: Ranks = ALONE,
+    ) -> int:
         """Join a running study; return how many policies it has measured in the end."""
         ...
 
     def status(self, storage: str, study: str) -> StudyStatus:
         """Look at a study without touching it."""
+        ...
+
+
+@runtime_checkable
+class WatchedHost(Host, Protocol):
+    """A host whose searches can be looked at in their folders."""
+
+    def status_in(self, folder: Path) -> StudyStatus:
+        """Look at the search in a folder without touching it."""
         ...
 
 
@@ -86,6 +104,7 @@ def study_status(
     *,
     counts: Mapping[str, int],
     workers: Sequence[str],
+    is_over: bool = False,
 ) -> StudyStatus:
     """Compute a study's status.
 
@@ -95,13 +114,14 @@ def study_status(
         trials: The finished ones that measured a policy.
         counts: Trials by what became of them.
         workers: Processes at work.
+        is_over: Whether the search ended before its last trial.
     """
     search = job.search
     records = [record_of(trial) for trial in trials]
     front = select_front(records, search.axes, search.budgets)
     volume = hypervolume_of(records, search.axes, search.budgets)
     mean_s = sum(r.wall_s for r in records) / len(records) if records else None
-    left = max(0, search.trials - len(records))
+    left = 0 if is_over else max(0, search.trials - len(records))
     if left == 0:
         eta_s: float | None = 0.0
     else:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
-from optuna.storages import RDBStorage
-from optuna.study import Study
+from optuna.study import Study, get_all_study_names
 from optuna.trial import FrozenTrial, TrialState
 
 from adq_search.errors import StorageError
 from adq_search.hosting import HostedTrial
 from adq_search.job import Job
 from adq_search.plugins.optuna_artifacts import JOB
+from adq_search.plugins.optuna_ending import is_stopped
 from adq_search.plugins.optuna_lease import WORKER, LeaseTerms, is_alive
-from adq_search.plugins.optuna_objective import measuring, result_of
-from adq_search.plugins.optuna_storage import open_storage
+from adq_search.plugins.optuna_objective import REPLICATE_SEED, measuring, result_of
+from adq_search.plugins.optuna_storage import JOURNAL, open_storage
 from adq_search.plugins.optuna_worker import FINISHED, load_study
 from adq_search.status import StudyStatus, study_status
 from adq_search.validation import validated
@@ -38,15 +39,36 @@ def read_status(storage: str, name: str) -> StudyStatus:
     terms = LeaseTerms.of(attributes)
     trials = study.get_trials(deepcopy=False)
     running = [t for t in trials if t.state == TrialState.RUNNING]
-    silent = _without_heartbeat(storage, study, terms)
-    alive = {t.user_attrs[WORKER] for t in running if is_alive(t, terms) and t.number not in silent}
+    alive = {t.user_attrs[WORKER] for t in running if is_alive(t, terms)}
     return study_status(
         name,
         validated(Job, attributes[JOB], StorageError, what="the study's job"),
         hosted_trials(study),
         counts=Counter(_what_became_of(t) for t in trials),
         workers=sorted(alive),
+        is_over=is_stopped(study),
     )
+
+
+def read_status_in(folder: Path) -> StudyStatus:
+    """Look at the study in a run's folder without touching it.
+
+    Raises:
+        StorageError: The folder has no study, or several.
+    """
+    journal = folder / JOURNAL
+    if not journal.exists():
+        msg = (
+            f"There is no {JOURNAL} in {folder}. Where the run has a --storage, give that and "
+            "--study in place of the folder."
+        )
+        raise StorageError(msg)
+    names = get_all_study_names(open_storage(str(journal)))
+    if len(names) != 1:
+        known = ", ".join(names) or "none"
+        msg = f"{journal} must hold one study, but has: {known}. Give --storage {journal} --study."
+        raise StorageError(msg)
+    return read_status(str(journal), names[0])
 
 
 def hosted_trials(study: Study) -> tuple[HostedTrial, ...]:
@@ -82,15 +104,7 @@ def _what_became_of(trial: FrozenTrial) -> str:
     """Return a measured trial's state as measured, of others why they were not measured."""
     if trial.state not in FINISHED:
         return {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
+    if REPLICATE_SEED in trial.user_attrs:
+        return "replicates" if "result" in trial.user_attrs else "repeated"
     result = trial.user_attrs.get("result")
     return str(trial.user_attrs.get("verdict", "pruned") if result is None else result["state"])
-
-
-def _without_heartbeat(storage: str, study: Study, terms: LeaseTerms) -> set[int]:
-    """Return the numbers of running trials whose heartbeats ended, none where there are none."""
-    judge = open_storage(storage, terms)
-    if not isinstance(judge, RDBStorage):
-        return set()
-    # Optuna's public way to ask, `fail_stale_trials`, would fail them.
-    stale = set(judge._get_stale_trial_ids(judge.get_study_id_from_name(study.study_name)))
-    return {judge.get_trial(trial_id).number for trial_id in stale}

