@@ -71,7 +71,7 @@ def grpc_proxy(url, port=None):
 
 @contextmanager
 def object_server():
-    """Serve the two verbs of S3 that an artifact store needs; yield the server's URL."""
+    """Serve the three verbs of S3 that an artifact store needs; yield the server's URL."""
     objects = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -88,6 +88,10 @@ def object_server():
             found = objects.get(self.path.split("?")[0])
             missing = b"<Error><Code>NoSuchKey</Code></Error>"
             self._answer(404, missing) if found is None else self._answer(200, found)
+
+        def do_DELETE(self):
+            objects.pop(self.path.split("?")[0], None)
+            self._answer(204, b"")
 
         def _body(self):
             if "aws-chunked" not in self.headers.get("Content-Encoding", ""):

@@ -18,8 +18,9 @@ from adq_search.guide import (
     extra_decision,
     forecast_end,
     learned_costs,
+    sweep,
 )
-from adq_search.guide._candidates import Monotone, improvement, neighbours, sweep
+from adq_search.guide._candidates import Monotone, improvement, neighbours
 from adq_search.hardware import cost_table
 from adq_search.job import read_job
 from adq_search.pareto import hypervolume
@@ -68,6 +69,17 @@ def test_the_model_learns_the_factors_between_prediction_and_truth():
     )
     assert np.allclose(losses[:, :2], expected[:, :2], rtol=0.1)
     assert model.noise == pytest.approx(0.05, rel=0.3)
+
+
+def test_a_draw_lies_as_far_from_the_mean_as_it_is_told_to():
+    model = told(Guide(decisions()), 12, np.random.default_rng(0)).model
+    mean = np.log(model.mean().losses)
+    far, near, at = (
+        np.log(model.draw(np.random.default_rng(1), scale=s).losses) - mean for s in (1.0, 0.5, 0.0)
+    )
+    np.testing.assert_allclose(near, 0.5 * far, atol=1e-12)
+    assert np.abs(far).max() > 0.01
+    assert np.abs(at).max() == 0.0
 
 
 def test_updates_agree_with_a_fit_that_has_all_trials():
@@ -299,4 +311,4 @@ def test_fifty_trials_reach_the_front_of_the_published_problem(has_prior):
             guide.tell(row, np.log(found.kl), value=-found.accuracy)
         shares.append(problem.share_of_hypervolume(policies))
     # Multivariate TPE reaches 0.74 (performance.md 2.2).
-    assert np.median(shares) > (0.975 if has_prior else 0.955)
+    assert np.median(shares) > (0.985 if has_prior else 0.975)

@@ -7,6 +7,7 @@ import pytest
 from optuna.trial import TrialState
 
 from adq_search.errors import AdqSearchError
+from adq_search.plugins._stopping_rule import StoppingRule
 from adq_search.plugins.optuna_pruner import CONDEMNED, SCORES, FrontPruner
 
 
@@ -105,8 +106,8 @@ def test_no_spared_trial_means_no_rate():
 
 
 def test_the_share_of_spared_trials_is_the_one_asked_for():
-    pruner = FrontPruner((2,), spared=0.2)
-    assert 150 < sum(pruner._is_spared(i) for i in range(1000)) < 250
+    rule = StoppingRule((2,), confidence=0.9, spared=0.2, seed=0)
+    assert 150 < sum(rule.is_spared(i) for i in range(1000)) < 250
 
 
 def test_stopped_trials_are_pruned_and_never_on_the_front():

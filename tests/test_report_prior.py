@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adq_search.cli._app import app
-from adq_search.errors import AdqSearchWarning
+from adq_search.errors import AdqSearchWarning, SensitivityError
 from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
 from adq_search.job import read_job
 from adq_search.plan import plan
@@ -120,6 +120,13 @@ def test_a_session_reads_its_sensitivities_back(session, monkeypatch):
     for seed in session.seeds:
         if seed.predicted is not None:
             assert known.predict(seed.policy) == seed.predicted
+
+
+def test_the_jobs_time_budget_bounds_the_prior(session):
+    planned = plan(session.plan.job.with_search(prior_budget_s=1e-6))
+    with pytest.raises(SensitivityError, match="the time budget is 1e-06 s"):
+        measure_sensitivity(planned, session.teacher)
+    assert measure_sensitivity(planned, session.teacher, budget_s=1e6)  # the caller's counts
 
 
 def test_one_budget_mode_from_the_command_line(tmp_path):

@@ -25,15 +25,15 @@ from adq_search.sensitivity import (
     sensitivity_table,
 )
 from adq_search.space import SearchSpace
+from adq_search.testing.estimators import TrickyNetwork
 from adq_search.tracing import parametric_layers, trace
-from tests.test_sensitivity import Residual
 
 RULE = {"weight_bits": [2, 4, 8], "input_bits": [3, 8], "schemes": ["lsq", "post"]}
 
 
 def _network() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    network = Residual().double()
+    network = TrickyNetwork().double()
     network.norm.running_mean.normal_()
     network.norm.running_var.uniform_(0.5, 2.0)
     return network.eval(), 2.0 * torch.randn(8, 1, 6, 6).double(), torch.arange(8) % 3

@@ -190,6 +190,18 @@ def test_no_sample_begins_that_would_pass_the_budget(clock, budget_s, n):
     assert table.weights["0", "lsq", 2] == pytest.approx((n + 1) / 2 / 2)
 
 
+def test_what_a_budget_ended_goes_on_only_with_a_larger_one(clock, tmp_path):
+    file = tmp_path / "sensitivity.json"
+    first = measured(Slow(clock=clock), budget_s=12.0, file=file)
+    again = Slow(clock=clock)
+    assert measured(again, budget_s=12.0, file=file) == first
+    assert measured(again, budget_s=9.0, file=file) == first
+    assert again.worked == []
+    measured(again, budget_s=16.0, file=file)
+    assert [index for index, _ in again.worked] == [3, 3, 4, 4, 5, 5]  # 0 to 2 cost nothing now
+    assert measured(Slow(clock=clock), file=file) == measured(Slow(clock=clock))
+
+
 def test_a_budget_below_the_least_number_of_samples_is_refused_at_once(clock):
     estimator = Slow(clock=clock)
     with pytest.raises(SensitivityError, match=r"2 samples at least.*about 8 s.*budget is 7.9 s"):

@@ -152,3 +152,21 @@ def test_a_table_of_another_space_is_refused(problem, tmp_path):
     file.write_text("layer9.weight_bits,accuracy,kl\n2,0.5,0.1\n")
     with pytest.raises(SpaceError, match=r"has no column layer1\.0\.conv1\.weight_bits"):
         read_table(file, problem.space)
+
+
+def test_a_table_may_hold_the_indices_of_choices(problem, tmp_path):
+    file = tmp_path / "measured.csv"
+    groups = problem.space.groups
+    code = [i % len(g.choices) for i, g in enumerate(groups)]
+    text = " ".join(map(str, code))
+    file.write_text(f"policy,accuracy,kl,train_loss_1\n{text},0.5,0.1,0.2\n")
+    chosen = {g.name: g.choices[i] for g, i in zip(groups, code, strict=True)}
+    assert read_table(file, problem.space).policies == (problem.space.policy_from(chosen),)
+
+
+@pytest.mark.parametrize("wrong", ["0 1", "6" + 18 * " 0", "-1" + 18 * " 0", "x" + 18 * " 0"])
+def test_indices_of_another_space_are_refused(problem, tmp_path, wrong):
+    file = tmp_path / "measured.csv"
+    file.write_text(f"policy,accuracy,kl\n{wrong},0.5,0.1\n")
+    with pytest.raises(SpaceError, match="is 19 indices, each below the number of its group's"):
+        read_table(file, problem.space)

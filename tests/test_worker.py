@@ -269,13 +269,13 @@ def test_a_worker_whose_trial_was_given_away_drops_it_and_goes_on(session, began
     measure = type(session).measure
     taken = []
 
-    def slow(self, policy, monitor=None):
+    def slow(self, policy, monitor=None, **named):
         if not taken:
             taken.append(policy)
             (mine,) = began.study.get_trials(states=(TrialState.RUNNING,))
             began.study.tell(mine.number, state=TrialState.FAIL)
             requeue(began.study, mine)
-        return measure(self, policy, monitor)
+        return measure(self, policy, monitor, **named)
 
     monkeypatch.setattr(type(session), "measure", slow)
     worker.work(NoProgress(), lambda: None)

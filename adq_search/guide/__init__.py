@@ -1,5 +1,6 @@
 """The guide: finished policies in, the next policy out. It knows of no host."""
 
+from adq_search.guide._candidates import sweep
 from adq_search.guide._costs import learned_costs
 from adq_search.guide._curves import Forecast, forecast_end
 from adq_search.guide._decisions import (
@@ -26,4 +27,5 @@ __all__ = [
     "extra_decision",
     "forecast_end",
     "learned_costs",
+    "sweep",
 ]

@@ -4,8 +4,11 @@ Each proposal is the answer to one draw from the posterior of the loss (Thompson
 [Russo2018]_): the front of the drawn belief is swept exactly, and the policy is taken that would
 add most hypervolume to what the same draw thinks of the policies tried already. Trials still
 running count as tried, so that any number of them spread over the front [Bradford2018]_.
+Draws lie half as far from the mean as the posterior's: so reshaped they regret less
+[Chapelle2011]_, and some hundred trials cannot explore that many dimensions anyway.
 
 .. [Russo2018] Russo et al. A Tutorial on Thompson Sampling. FnT Machine Learning, 2018.
+.. [Chapelle2011] Chapelle, Li. An Empirical Evaluation of Thompson Sampling. NIPS 2011.
 .. [Bradford2018] Bradford, Schweidtmann, Lapkin. Efficient multiobjective optimization employing
    Gaussian processes, spectral sampling and a genetic algorithm. J. Global Optimization, 2018.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -33,6 +37,9 @@ _FAILURE_EXCESS = 0.7
 _REFIT_GROWTH = 1.15
 #: The first trials are spread over the front that the mean of the belief predicts.
 _N_SPREAD = 12
+#: How far draws lie from the mean, as a share of the posterior's. On the published problem 0.25 to
+#: 0.5 was level with 0 and 1 or ahead: at 24 to 400 trials, one by one, 16 and 64 at a time.
+_RESHAPED = 0.5
 _MAX_RANDOM_TRIES = 1000
 _TINY = 1e-12
 
@@ -130,8 +137,8 @@ class Guide:
         self._learn()
         running = [tuple(int(c) for c in row) for row in pending]
         is_early = self.n_told < _N_SPREAD
-        belief = self._model.mean() if is_early else self._model.draw(rng)
-        belief = Belief(self._monotone(belief.losses), belief.factors, belief.level)
+        belief = self._model.mean() if is_early else self._model.draw(rng, scale=_RESHAPED)
+        belief = replace(belief, losses=self._monotone(belief.losses))
         price = self._prices(rng)
         candidates = self._within_budgets(belief, self._swept(belief, price, rng))
         known = np.concatenate([self._known_rows(), self._rows(running)])

@@ -154,13 +154,18 @@ class LossModel:
         """Return the posterior mean."""
         return self._belief(self._mean)
 
-    def draw(self, rng: np.random.Generator) -> Belief:
-        """Return a draw from the posterior."""
+    def draw(self, rng: np.random.Generator, *, scale: float = 1.0) -> Belief:
+        """Return a draw from the posterior.
+
+        Args:
+            rng: Source of the draw.
+            scale: Of its deviation from the mean: 1 is the posterior, 0 its mean.
+        """
         if not hasattr(self, "_factor"):
             self._factor = cho_factor(self._precision, lower=True)
         lower, _ = self._factor
         noise = solve_triangular(lower, rng.standard_normal(len(self._mean)), lower=True, trans="T")
-        return self._belief(self._mean + noise)
+        return self._belief(self._mean + scale * noise)
 
     def log_loss(self, belief: Belief, choices: Indices) -> Floats:
         """Return the logarithm of the loss of policies, shape (trials,)."""

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,21 @@ def signature(estimator: SensitivityEstimator, subject: Subject) -> dict[str, st
     }
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where a time budget ended an estimate.
+
+    Attributes:
+        n_samples: Samples it had taken.
+        budget_s: The budget, seconds.
+    """
+
+    n_samples: int
+    budget_s: float
+
+
 class Ledger:
-    """Pieces of an estimate, and its signature.
+    """Pieces of an estimate, where it ended, and its signature.
 
     Args:
         file: Where they are kept; None for nowhere.
@@ -50,10 +64,11 @@ class Ledger:
         self._file = file
         self._signature = signature or {}
         self._pieces: dict[str, list[list[Any]]] = {}
+        self._end: End | None = None
         self._written_at = -_EVERY_S
         self._is_dirty = False
         if file is not None and file.exists():
-            self._pieces = _read(file, self._signature)
+            self._pieces, self._end = _read(file, self._signature)
 
     def recall(self, index: int, part: str) -> Scores | None:
         """Return a piece that was recorded, None if it was not."""
@@ -71,10 +86,27 @@ class Ledger:
         if time.monotonic() - self._written_at >= _EVERY_S:
             self.write()
 
+    def is_end(self, n_samples: int, budget_s: float | None) -> bool:
+        """Whether a budget as large as this one ended the estimate after so many samples."""
+        end = self._end
+        if end is None or budget_s is None:
+            return False
+        return end.n_samples == n_samples and budget_s <= end.budget_s
+
+    def record_end(self, n_samples: int, budget_s: float) -> None:
+        """Keep that a budget ended the estimate after so many samples."""
+        if self._file is not None:
+            self._end, self._is_dirty = End(n_samples, budget_s), True
+
     def write(self) -> None:
         """Write what was recorded since the file was written, if anything was."""
         if self._file is not None and self._is_dirty:
-            content = {"schema": SCHEMA, "signature": self._signature, "pieces": self._pieces}
+            content = {
+                "schema": SCHEMA,
+                "signature": self._signature,
+                "end": None if self._end is None else asdict(self._end),
+                "pieces": self._pieces,
+            }
             write_json(self._file, content)
             self._written_at, self._is_dirty = time.monotonic(), False
 
@@ -91,7 +123,7 @@ def open_ledger(
         ledger.write()
 
 
-def _read(file: Path, ours: dict[str, str]) -> dict[str, list[list[Any]]]:
+def _read(file: Path, ours: dict[str, str]) -> tuple[dict[str, list[list[Any]]], End | None]:
     content = read_json(file, StorageError, what="sensitivity")
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         msg = f"{file} is no sensitivity file of schema {SCHEMA}. Remove it, or choose another."
@@ -106,7 +138,8 @@ def _read(file: Path, ours: dict[str, str]) -> dict[str, list[list[Any]]]:
         )
         raise StorageError(msg)
     pieces: dict[str, list[list[Any]]] = content["pieces"]
-    return pieces
+    end = content.get("end")
+    return pieces, None if end is None else End(**end)
 
 
 def _hash_of(tensors: dict[str, Tensor]) -> str:

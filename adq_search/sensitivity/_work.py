@@ -35,7 +35,8 @@ def take_samples(
     """Return the samples of an estimate; pieces that the ledger knows are not done again.
 
     Sampling ends when all are taken, when the estimator is settled, or when the next sample would
-    pass the budget; never below the estimator's least number.
+    pass the budget; never below the estimator's least number. What a budget ended stays ended until
+    a larger one is given.
 
     Raises:
         SensitivityError: The least number of samples would not fit the budget.
@@ -47,6 +48,8 @@ def take_samples(
     total, spent, n_timed = most * len(parts), 0.0, 0
     samples: list[Scores] = []
     for index in range(most):
+        if ledger.is_end(index, effort.budget_s):
+            break
         found: Scores = {}
         for i, part in enumerate(parts):
             known = ledger.recall(index, part)
@@ -71,6 +74,8 @@ def take_samples(
         next_s = spent / max(n_timed, 1) * len(parts)
         passed = time.perf_counter() - start
         is_late = effort.budget_s is not None and passed + next_s > effort.budget_s
+        if is_late and effort.budget_s is not None:
+            ledger.record_end(len(samples), effort.budget_s)
         if is_late or estimator.is_settled(samples):
             break
     if effort.on_progress is not None:

@@ -106,8 +106,9 @@ def read_table(file: Path, space: SearchSpace) -> TabulatedProblem:
     """Read a table of trained policies.
 
     Args:
-        file: CSV with a column for each parameter of the space, `accuracy`, `kl`, and the training
-            loss after each epoch as `train_loss_1` and so on.
+        file: CSV with the policy, `accuracy`, `kl`, and the training loss after each epoch as
+            `train_loss_1` and so on. The policy is a column for each parameter of the space, or one
+            column `policy`: the index of each group's choice, separated by blanks.
         space: The space that the policies are of.
 
     Raises:
@@ -115,8 +116,10 @@ def read_table(file: Path, space: SearchSpace) -> TabulatedProblem:
     """
     with file.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    names = [p.name for p in space.parameters]
-    missing = [n for n in (*names, "accuracy", "kl") if not rows or n not in rows[0]]
+    columns = rows[0] if rows else {}
+    is_coded = "policy" in columns
+    names = ["policy"] if is_coded else [p.name for p in space.parameters]
+    missing = [n for n in (*names, "accuracy", "kl") if n not in columns]
     if missing:
         msg = f"The table {file} has no column {', '.join(missing)}. Record it for this space."
         raise SpaceError(msg)
@@ -125,10 +128,34 @@ def read_table(file: Path, space: SearchSpace) -> TabulatedProblem:
     }
     trials = {}
     for row in rows:
-        policy = space.policy_of({name: kinds[name](row[name]) for name in names})
+        if is_coded:
+            policy = _decoded(row["policy"], space, file)
+        else:
+            policy = space.policy_of({name: kinds[name](row[name]) for name in names})
         epochs = sorted(
             int(c.removeprefix("train_loss_")) for c in row if c.startswith("train_loss_")
         )
         scores = tuple(float(row[f"train_loss_{e}"]) for e in epochs)
         trials[policy] = TabulatedTrial(float(row["accuracy"]), float(row["kl"]), scores, True)
     return TabulatedProblem(space, trials)
+
+
+def _decoded(code: str, space: SearchSpace, file: Path) -> Policy:
+    """Return the policy of a code.
+
+    Raises:
+        SpaceError: The code is none of the space.
+    """
+    indices = [int(word) if word.isdecimal() else -1 for word in code.split()]
+    sizes = [len(group.choices) for group in space.groups]
+    fits = len(indices) == len(sizes) and all(
+        0 <= i < n for i, n in zip(indices, sizes, strict=True)
+    )
+    if not fits:
+        msg = (
+            f"A policy of this space is {len(sizes)} indices, each below the number of its group's "
+            f"choices, but the table {file} has '{code}'. Record it for this space."
+        )
+        raise SpaceError(msg)
+    chosen = zip(space.groups, indices, strict=True)
+    return space.policy_from({group.name: group.choices[i] for group, i in chosen})

@@ -1,6 +1,7 @@
-"""Contracts that every quantizer and every datapath keeps, to be run by pytest: ours and yours."""
+"""Contracts that quantizers, datapaths and estimators keep, to be run by pytest: ours and yours."""
 
 from adq_search.testing.datapaths import DatapathContract, InputStageContract
+from adq_search.testing.estimators import EstimatorContract, FormulaEstimatorContract
 from adq_search.testing.quantizers import (
     InputQuantizerContract,
     QuantizerContract,
@@ -10,6 +11,8 @@ from adq_search.testing.quantizers import (
 
 __all__ = [
     "DatapathContract",
+    "EstimatorContract",
+    "FormulaEstimatorContract",
     "InputQuantizerContract",
     "InputStageContract",
     "QuantizerContract",

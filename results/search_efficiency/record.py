@@ -20,8 +20,7 @@ import torch
 
 from adq_search.convert import apply_policy_, reestimate_batch_norm_
 from adq_search.distill import Teacher
-from adq_search.guide import additive_costs
-from adq_search.guide._candidates import sweep
+from adq_search.guide import additive_costs, sweep
 from adq_search.hardware import cost_table
 from adq_search.job import read_job
 from adq_search.plan import plan

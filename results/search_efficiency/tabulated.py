@@ -5,7 +5,7 @@ Usage: python results/search_efficiency/tabulated.py [--trials N] [--seeds N]
 The forest shares no assumption with the guide, and expects rather than measures: noise of 0.1 is
 added to log KL. The objectives are KL to the teacher and energy: accuracy on 400 images is mostly
 noise. Every sampler runs after the job's own seeds (uniform policies, and eight of the Fisher
-prior), as `adq-search run` does. Writes tabulated.csv, tabulated.md and tabulated.json.
+prior), as `adq-search run` does. Writes tabulated.csv, .md, .json and .svg.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import torch
+from figures import colour_of, draw
 
 from adq_search.distill import Teacher
 from adq_search.guide import additive_costs
@@ -41,6 +42,7 @@ SAMPLERS = {
     "random": lambda _, s: optuna.samplers.RandomSampler(seed=s),
     "TPE multivariate": lambda _, s: optuna.samplers.TPESampler(multivariate=True, seed=s),
     "NSGA-II": lambda _, s: optuna.samplers.NSGAIISampler(population_size=24, seed=s),
+    "GP": lambda _, s: optuna.samplers.GPSampler(seed=s),
     "guide": lambda k, s: PolicySampler(seed=s, objectives=("kl", "energy_pj"), **k),
 }
 
@@ -105,20 +107,24 @@ def main(trials, seeds):
         f"| sampler | {' | '.join(map(str, marks))} |",
         f"| --- | {' | '.join('---:' for _ in marks)} |",
     ]
+    drawn = []
     for name in SAMPLERS:
-        cells = []
+        cells, columns = [], []
         for mark in marks:
             ours = [
                 r["hypervolume"] / best
                 for r in rows
                 if r["sampler"] == name and r["trials"] == mark
             ]
+            columns.append(ours)
             cells.append(f"{statistics.median(ours):.3f} ({min(ours):.3f} to {max(ours):.3f})")
+        drawn.append((name, colour_of(name), "-", marks, columns))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     with (HERE / "tabulated.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, rows[0])
         writer.writeheader()
         writer.writerows({**r, "hypervolume": f"{r['hypervolume'] / best:.5g}"} for r in rows)
+    draw(HERE / "tabulated.svg", drawn, x="trials", y="share of the largest hypervolume")
     (HERE / "tabulated.md").write_text("\n".join(lines) + "\n")
     (HERE / "tabulated.json").write_text(json.dumps(provenance(seed=0), indent=1) + "\n")
     print("\n".join(lines))

@@ -1,0 +1,77 @@
+"""The searches of `trained.py` as it wrote them, and their fronts and hypervolumes."""
+
+import csv
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from adq_search.pareto import front_indices
+
+DIRECTIONS = ("maximize", "minimize")
+#: Numbers of trials at which fronts are compared.
+MARKS = (13, 40, 60, 100, 240, 400)
+
+
+class Search(NamedTuple):
+    """Which search: a sampler, plain or after the job's seeds, and the search's seed."""
+
+    sampler: str
+    is_seeded: bool
+    seed: int
+
+
+@dataclass
+class Found:
+    """What a search found, in the order of its trials.
+
+    Attributes:
+        search: Which.
+        policies: Codes of the policies.
+        points: Accuracy and energy in picojoules, as measured in the search.
+        kls: KL to the teacher, nats.
+        suggest_s: Processor seconds of each proposal.
+    """
+
+    search: Search
+    policies: list = field(default_factory=list)
+    points: list = field(default_factory=list)
+    kls: list = field(default_factory=list)
+    suggest_s: list = field(default_factory=list)
+
+
+def read_searches(folder):
+    """Return every search of a folder."""
+    out = {}
+    for file in sorted(folder.glob("trials_*.csv")):
+        seed = int(file.stem.removeprefix("trials_"))
+        trainings = {r["policy"]: r for r in rows_of(folder / f"trainings_{seed}.csv")}
+        for row in rows_of(file):
+            search = Search(row["sampler"], bool(int(row["seeded"])), seed)
+            found = out.setdefault(search, Found(search))
+            training = trainings[row["policy"]]
+            found.policies.append(row["policy"])
+            found.points.append((float(training["accuracy"]), float(training["energy_pj"])))
+            found.kls.append(float(training["kl"]))
+            found.suggest_s.append(float(row["suggest_cpu_s"]))
+    return list(out.values())
+
+
+def read_retrained(folder, seed):
+    """Return the accuracies of each policy after training it again, by policy."""
+    out = defaultdict(list)
+    for row in rows_of(folder / f"retrained_{seed}.csv"):
+        out[row["policy"]].append(float(row["accuracy"]))
+    return dict(out)
+
+
+def front_of(points):
+    """Return the indices of non-dominated points."""
+    return front_indices(points, DIRECTIONS)
+
+
+def rows_of(file):
+    """Return the rows of a CSV file, none where there is none; a torn last line is left out."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return [row for row in csv.DictReader(lines) if None not in row.values()]

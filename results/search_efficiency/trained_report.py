@@ -1,0 +1,267 @@
+"""Tables and figures of `trained.py`, at any time of its run: hypervolume by trials and by seconds.
+
+Usage: python results/search_efficiency/trained_report.py [--folder trained]
+
+The hypervolume of accuracy and energy reaches from chance and the dearest policy; it is given as a
+share of that of everything measured under the same seed. "Found" takes the accuracies that the
+search saw. "Trained again" takes the policies of the found front, and the mean of their accuracies
+over fresh training seeds: what the front is worth without the luck of the draw. Its share is of
+all policies that were trained again under the same seed. "On test" takes the found front's
+accuracies on the test part, which no search has seen.
+
+Writes trained.md, trained.json, trained_trials.svg and trained_seconds.svg.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from figures import COLOURS, colour_of, draw
+from fronts import DIRECTIONS, MARKS, front_of, read_retrained, read_searches, rows_of
+
+from adq_search.pareto import hypervolume
+from adq_search.provenance import provenance
+
+HERE = Path(__file__).parent
+CHANCE = 0.1
+#: What each target compares: ours at a number of trials with rivals at another.
+TARGETS = ((40, False, 400), (60, True, 240))
+OURS = ("guide", True)
+
+
+class Volumes:
+    """Hypervolumes of one search seed, as shares.
+
+    Args:
+        folder: Of `trained.py`.
+        seed: Of the searches.
+        searches: Those of the seed.
+    """
+
+    def __init__(self, folder, seed, searches):
+        self.searches = {(f.search.sampler, f.search.is_seeded): f for f in searches}
+        prepared = json.loads((folder / f"prepared_{seed}.json").read_text())
+        self.n_seeds = len(prepared["seeds"])
+        self.prepare_s = prepared["cpu_s"]
+        dearest = prepared["energy_range_pj"][1]
+        self._corner = (CHANCE, dearest)
+        trainings = rows_of(folder / f"trainings_{seed}.csv")
+        self.train_s = statistics.fmean(float(r["cpu_s"]) for r in trainings)
+        self.test = {r["policy"]: float(r["test_accuracy"]) for r in trainings}
+        self.again = read_retrained(folder, seed)
+        self._all = self._volume([p for f in searches for p in f.points])
+        energy = {p: e for f in searches for p, (_, e) in zip(f.policies, f.points, strict=True)}
+        means = [(statistics.fmean(a), energy[p]) for p, a in self.again.items()]
+        self._all_again = self._volume(means)
+        self._all_test = self._volume([(a, energy[p]) for p, a in self.test.items() if p in energy])
+
+    def found(self, key, n):
+        """Return the share of a search's first n trials."""
+        return self._volume(self.searches[key].points[:n]) / self._all
+
+    def curve(self, key):
+        """Return the shares of a search after each trial."""
+        points = self.searches[key].points
+        shares, front = [], []
+        for point in points:
+            front = [*front, point]
+            front = [front[i] for i in front_of(front)]
+            shares.append(self._volume(front) / self._all)
+        return shares
+
+    def trained_again(self, key, n):
+        """Return the share of a found front by fresh trainings; None where some are missing."""
+        front = self._front(key, n)
+        if any(policy not in self.again for policy, _ in front):
+            return None
+        means = [(statistics.fmean(self.again[policy]), energy) for policy, energy in front]
+        return self._volume(means) / self._all_again
+
+    def on_test(self, key, n):
+        """Return the share of a found front by accuracies on the test part."""
+        points = [(self.test[policy], energy) for policy, energy in self._front(key, n)]
+        return self._volume(points) / self._all_test
+
+    def _front(self, key, n):
+        found = self.searches[key]
+        return [(found.policies[i], found.points[i][1]) for i in front_of(found.points[:n])]
+
+    def _volume(self, points):
+        return hypervolume(points, DIRECTIONS, self._corner) if points else float("nan")
+
+
+def label(key):
+    """Return a search's name in tables."""
+    name, is_seeded = key
+    if name == "guide":
+        return "ours"
+    return f"seeds, then {name}" if is_seeded else name
+
+
+def cell(values):
+    """Return median and range, a dash where a seed has none."""
+    if not values or any(v is None for v in values):
+        return "–"
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def table(volumes, keys, what):
+    """Return a table of one kind of share by trials."""
+    lines = [
+        f"| sampler | {' | '.join(map(str, MARKS))} |",
+        f"| --- | {' | '.join('---:' for _ in MARKS)} |",
+    ]
+    for key in keys:
+        cells = []
+        for mark in MARKS:
+            reached = all(len(v.searches[key].points) >= mark for v in volumes)
+            cells.append(cell([getattr(v, what)(key, mark) for v in volumes] if reached else []))
+        lines.append(f"| {label(key)} | {' | '.join(cells)} |")
+    return lines
+
+
+def targets(volumes, keys, what):
+    """Say whether ours at few trials is level with the best rival at many, seed by seed."""
+    said = what.replace("_", " ")
+    for ours_at, is_seeded, rival_at in TARGETS:
+        rivals = [k for k in keys if k != OURS and k[1] == is_seeded]
+        reached = {k: min(len(v.searches[k].points) for v in volumes) for k in (OURS, *rivals)}
+        at = {k: min(rival_at, reached[k]) for k in rivals} | {OURS: min(ours_at, reached[OURS])}
+        shares = {k: [getattr(v, what)(k, n) for v in volumes] for k, n in at.items()}
+        if any(None in found for found in shares.values()):
+            yield f"- {said}: not all fronts are trained again yet."
+            continue
+        ours = shares.pop(OURS)
+        best = max(shares, key=lambda k: statistics.median(shares[k]))
+        of_each = [max(found) for found in zip(*shares.values(), strict=True)]
+        n_level, n_all = (
+            sum(a >= b for a, b in zip(ours, other, strict=True))
+            for other in (shares[best], of_each)
+        )
+        yield (
+            f"- {said}: ours at {at[OURS]} trials {statistics.median(ours):.4f}, {label(best)} at "
+            f"{at[best]} {statistics.median(shares[best]):.4f}; ours is level or above in "
+            f"{n_level} of {len(ours)} seeds, and in {n_all} against the best rival of each seed."
+        )
+
+
+def seconds(volumes, keys):
+    """Return a table of the processor seconds of a trial."""
+    train = statistics.fmean(v.train_s for v in volumes)
+    lines = [
+        f"A training takes {train:.2f} s of processor (mean), the teacher, the prior and the seeds "
+        f"{statistics.fmean(v.prepare_s for v in volumes):.0f} s a search. A proposal takes:",
+        "",
+        "| sampler | trials | first half, ms | second half, ms |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for key in keys:
+        halves = [[], []]
+        for v in volumes:
+            spent = v.searches[key].suggest_s
+            halves[0] += spent[: len(spent) // 2]
+            halves[1] += spent[len(spent) // 2 :]
+        n = min(len(v.searches[key].points) for v in volumes)
+        means = " | ".join(f"{1e3 * statistics.fmean(h):.1f}" for h in halves)
+        lines.append(f"| {label(key)} | {n} | {means} |")
+    return lines
+
+
+def noise(volumes):
+    """Return the spread of accuracy between trainings of one policy that differ in their seed."""
+    spreads = [statistics.variance(a) for v in volumes for a in v.again.values() if len(a) > 1]
+    return statistics.fmean(spreads) ** 0.5 if spreads else None
+
+
+def curves(volumes, keys, file, *, by_seconds):
+    """Draw the shares by trials or by seconds."""
+    lines = []
+    for key in keys:
+        columns = list(zip(*(v.curve(key) for v in volumes), strict=False))
+        n = len(columns)
+        places = seconds_of(volumes, key, n) if by_seconds else range(1, n + 1)
+        lines.append((label(key), colour_of(key[0]), "-" if key[1] else ":", places, columns))
+    x = "processor seconds, preparation included" if by_seconds else "trials"
+    draw(file, lines, x=x, y="hypervolume, share of all measured")
+
+
+def seconds_of(volumes, key, n):
+    """Return the mean seconds that a search has taken after each trial, preparation included."""
+    out = []
+    for v in volumes:
+        total = v.prepare_s if key[1] else 0.0
+        line = []
+        for spent in v.searches[key].suggest_s[:n]:
+            total += spent + v.train_s
+            line.append(total)
+        out.append(line)
+    return [statistics.fmean(column) for column in zip(*out, strict=True)]
+
+
+def main(folder):
+    by_seed = defaultdict(list)
+    for found in read_searches(folder):
+        by_seed[found.search.seed].append(found)
+    of_each = [
+        {(f.search.sampler, f.search.is_seeded) for f in found} for found in by_seed.values()
+    ]
+    keys = sorted(
+        set.intersection(*of_each), key=lambda k: (k == OURS, k[1], list(COLOURS).index(k[0]))
+    )
+    volumes = [Volumes(folder, seed, found) for seed, found in sorted(by_seed.items())]
+    n_seeds = volumes[0].n_seeds
+    again = sum(len(a) for v in volumes for a in v.again.values())
+    deviation = noise(volumes)
+    lines = [
+        f"64 dimensions, median (min to max) of {len(volumes)} seeds; "
+        f"{sum(len(v.test) for v in volumes)} policies trained, {again} trainings of front "
+        "policies with fresh seeds.",
+        "",
+        "Found:",
+        "",
+        *table(volumes, keys, "found"),
+        "",
+        f"Seeds only ({n_seeds} trials): {cell([v.found(OURS, n_seeds) for v in volumes])}.",
+        "",
+        "The found fronts, trained again:",
+        "",
+        *table(volumes, keys, "trained_again"),
+        "",
+        f"Seeds only: {cell([v.trained_again(OURS, n_seeds) for v in volumes])}.",
+        "",
+        "The found fronts, on the test part:",
+        "",
+        *table(volumes, keys, "on_test"),
+        "",
+        f"Seeds only: {cell([v.on_test(OURS, n_seeds) for v in volumes])}.",
+        "",
+        "Targets:",
+        "",
+        *(
+            line
+            for what in ("found", "trained_again", "on_test")
+            for line in targets(volumes, keys, what)
+        ),
+        "",
+    ]
+    if deviation is not None:
+        lines += [
+            f"Between trainings of one policy that differ in their seed, accuracy has a standard "
+            f"deviation of {deviation:.4f}.",
+            "",
+        ]
+    lines += seconds(volumes, keys)
+    text = "\n".join(lines) + "\n"
+    (HERE / "trained.md").write_text(text)
+    (HERE / "trained.json").write_text(json.dumps(provenance(seed=0), indent=1) + "\n")
+    curves(volumes, keys, HERE / "trained_trials.svg", by_seconds=False)
+    curves(volumes, keys, HERE / "trained_seconds.svg", by_seconds=True)
+    print(text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, default=HERE / "trained")
+    main(**vars(parser.parse_args()))
