@@ -26,6 +26,9 @@ from torch.nn import functional as F
 from adq_search.tasks import Batch, Task
 from adq_search.validation import StrictModel
 
+#: Samples that the teacher answers at once where its answers are kept.
+_BATCH = 512
+
 
 class DistillationSettings(StrictModel):
     """How much the student listens to the teacher.
@@ -79,7 +82,9 @@ def distillation_loss(
 class Teacher:
     """The full-precision network, never trained and never quantized, and its answers.
 
-    Answers to inputs that come back unchanged every epoch are computed once and kept.
+    Answers to inputs that come back unchanged every epoch are computed once and kept. They are
+    computed in the order of the data, so that a trial which goes on from a checkpoint in another
+    process hears the same, to the last bit.
 
     Args:
         network: The trained network; a private copy of its state is not made.
@@ -88,9 +93,9 @@ class Teacher:
 
     def __init__(self, network: nn.Module, task: Task) -> None:
         self.network = network.eval().requires_grad_(requires_grad=False)
+        self._train = task.train
         self._keeps = task.augment is None and task.train.is_in_memory
-        self._shape = (len(task.train), task.n_classes)
-        self._kept: Tensor | None = None  # shape: (n, classes); NaN where not answered yet
+        self._kept: Tensor | None = None  # shape: (n, classes)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -98,12 +103,9 @@ class Teacher:
         if not self._keeps:
             return self.answer(batch.inputs)
         if self._kept is None:
-            self._kept = batch.inputs.new_full(self._shape, torch.nan)
-        kept = self._kept[batch.indices]
-        if not bool(kept.isnan().any()):
-            return kept
-        self._kept[batch.indices] = fresh = self.answer(batch.inputs)
-        return fresh
+            parts = self._train.batches(_BATCH)
+            self._kept = torch.cat([self.answer(part.inputs) for part in parts])
+        return self._kept[batch.indices]
 
     @torch.no_grad()
     def answer(self, inputs: Tensor) -> Tensor:

@@ -46,6 +46,10 @@ class StorageError(AdqSearchError):
     """A storage or results folder is damaged, or belongs to another network, data set or space."""
 
 
+class ParallelError(AdqSearchError):
+    """Processes that train one network together disagree, or lost each other."""
+
+
 class MissingExtraError(AdqSearchError):
     """An optional package is needed; the text names the extra to install."""
 

@@ -32,6 +32,21 @@ _UNITS: dict[str, dict[str, float]] = {
 }
 
 
+class StopSettings(StrictModel):
+    """When a search ends before its last trial; see `adq_search.stopping.settled`.
+
+    Attributes:
+        patience: Trials over which the hypervolume must have grown.
+        errors: By how many standard errors of the hypervolume it must have grown in them.
+        noise: Standard deviation of the measured objective between equal trainings, in its own
+            unit; null learns it from the trials.
+    """
+
+    patience: Annotated[int, Field(ge=5)] = 20
+    errors: Annotated[float, Field(gt=0.0)] = 1.0
+    noise: Annotated[float, Field(gt=0.0)] | None = None
+
+
 class SearchSettings(StrictModel):
     """How the front is searched for.
 
@@ -43,9 +58,15 @@ class SearchSettings(StrictModel):
         prior: Sensitivity estimator that seeds the search; null for none.
         seeds: Policies the prior proposes.
         prior_samples: Training samples the prior looks at.
+        prior_budget_s: Seconds after which the prior takes no new sample; null for no limit. How
+            many it takes by then depends on the machine.
         hardware: Cost model.
         sampler: Who proposes policies after the seeds: `guide`, or one of Optuna's `tpe`, `nsga2`,
             `gp` and `random`.
+        pruner: Who stops hopeless trials: `front` (`FrontPruner` and `FrontScheduler`), or `none`.
+        stop: When to end before the last trial; null for never.
+        replicates: New seeds that each policy of the front is trained again with after the search,
+            0 or at least 2: one would tell nothing of the spread.
         seed: Of everything random.
     """
 
@@ -55,8 +76,12 @@ class SearchSettings(StrictModel):
     prior: str | None = "fisher"
     seeds: Annotated[int, Field(ge=0)] = 8
     prior_samples: Annotated[int, Field(ge=1)] = 256
+    prior_budget_s: Annotated[float, Field(gt=0.0)] | None = None
     hardware: str = "post_asic_45nm"
     sampler: Literal["guide", "tpe", "nsga2", "gp", "random"] = "guide"
+    pruner: Literal["front", "none"] = "none"
+    stop: StopSettings | None = None
+    replicates: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("budgets", mode="before")
@@ -65,6 +90,26 @@ class SearchSettings(StrictModel):
         if not isinstance(value, dict):
             return value
         return {name: parse_amount(name, amount) for name, amount in value.items()}
+
+    @field_validator("replicates")
+    @classmethod
+    def _check_replicates(cls, value: int) -> int:
+        if value == 1:
+            msg = "replicates are 0 or at least 2: one tells nothing of the spread. Give 3"
+            raise ValueError(msg)
+        return value
+
+    @model_validator(mode="after")
+    def _check_one_is_measured(self) -> Self:
+        several = [name for name in self.objectives if name in MEASURED]
+        for setting in ("pruner", "stop"):
+            if len(several) > 1 and getattr(self, setting) not in (None, "none"):
+                msg = (
+                    f"'{setting}' forecasts one measured objective, but there are "
+                    f"{', '.join(several)}. Keep one of them, or leave '{setting}' out"
+                )
+                raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -90,6 +135,11 @@ class SearchSettings(StrictModel):
         return tuple(MEASURED.get(name, Objective(name, "minimize")) for name in self.objectives)
 
     @property
+    def replicate_seeds(self) -> tuple[int, ...]:
+        """The seeds that policies of the front are trained again with."""
+        return tuple(range(self.seed + 1, self.seed + 1 + self.replicates))
+
+    @property
     def cost_axis(self) -> str:
         """The first cost figure among the objectives: the one seeds are spread over."""
         return next(name for name in self.objectives if name in COST_NAMES)
@@ -111,6 +161,17 @@ class Job(StrictModel):
     space: SpaceSpec = Field(default_factory=SpaceSpec)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     search: SearchSettings = Field(default_factory=SearchSettings)
+
+    @model_validator(mode="after")
+    def _check_passes(self) -> Self:
+        n = self.training.networks_per_pass
+        if n > 1 and self.search.pruner != "none":
+            msg = (
+                f"the pruner stops trials one by one, but {n} networks are trained as one. Set "
+                "'training.networks_per_pass' to 1, or 'search.pruner' to none"
+            )
+            raise ValueError(msg)
+        return self
 
     def with_search(self, **changes: Any) -> Self:
         """Return the job with some search settings replaced, and checked again."""

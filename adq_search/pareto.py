@@ -37,14 +37,30 @@ def front_indices(points: Sequence[Point], directions: Sequence[Direction]) -> l
         points: n points. A point with NaN is never on the front.
         directions: One direction for each coordinate.
     """
-    losses = _as_losses(points, directions)
-    finite: NDArray[np.bool_] = np.logical_not(np.isnan(losses).any(axis=1))
-    return [
-        i
-        for i, row in enumerate(losses)
-        if finite[i]
-        and not np.any(finite & np.all(losses <= row, axis=1) & np.any(losses < row, axis=1))
-    ]
+    array = np.asarray(points, dtype=np.float64).reshape(len(points), len(directions))
+    return [int(i) for i in np.flatnonzero(non_dominated(array, directions))]
+
+
+def non_dominated(
+    points: NDArray[np.float64], directions: Sequence[Direction]
+) -> NDArray[np.bool_]:
+    """Return which points of each set of points no other one of it dominates.
+
+    Args:
+        points: Any number of sets, # shape: (..., n, coordinates). A point with NaN is dominated.
+        directions: One direction for each coordinate.
+
+    Returns:
+        # shape: (..., n)
+    """
+    losses = points * _signs(directions)
+    out = np.logical_not(np.isnan(losses).any(axis=-1))
+    columns = [np.ascontiguousarray(losses[..., k]) for k in range(losses.shape[-1])]
+    for i in range(losses.shape[-2]):  # NaN is neither less nor equal: it dominates none
+        is_as_good = np.logical_and.reduce([c <= c[..., i : i + 1] for c in columns])
+        is_better = np.logical_or.reduce([c < c[..., i : i + 1] for c in columns])
+        out[..., i] &= np.logical_not((is_as_good & is_better).any(axis=-1))
+    return np.asarray(out)
 
 
 def hypervolume(
@@ -78,5 +94,8 @@ def _sliced_volume(losses: NDArray[np.float64], corner: NDArray[np.float64]) -> 
 
 def _as_losses(points: Sequence[Point], directions: Sequence[Direction]) -> NDArray[np.float64]:
     array = np.asarray(points, dtype=np.float64).reshape(len(points), len(directions))
-    signs = np.array([-1.0 if d == "maximize" else 1.0 for d in directions])
-    return np.asarray(array * signs)
+    return np.asarray(array * _signs(directions))
+
+
+def _signs(directions: Sequence[Direction]) -> NDArray[np.float64]:
+    return np.array([-1.0 if d == "maximize" else 1.0 for d in directions])

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -107,16 +108,22 @@ def check_fingerprint(stored: Mapping[str, str], ours: Mapping[str, str], *, whe
         raise StorageError(msg)
 
 
+#: Search settings that no single result depends on, so that a search goes on under others.
+_NOT_IN_RESULTS = {
+    *("trials", "prior", "seeds", "prior_samples", "prior_budget_s"),
+    *("sampler", "pruner", "stop", "replicates"),
+    "hardware",  # what the file says counts, not where it lies
+}
+
+
 def _fingerprint(
     job: Job, task: Task, summary: ModelSummary, space: SearchSpace, hardware: Hardware
 ) -> dict[str, str]:
-    search = job.search.model_dump(
-        mode="json", exclude={"trials", "prior", "seeds", "prior_samples", "sampler", "hardware"}
-    )
+    search = job.search.model_dump(mode="json", exclude=_NOT_IN_RESULTS)
     recipe = {
-        "training": job.training.model_dump(mode="json"),
+        "training": _training_of(job),
         "search": search,
-        "hardware": repr(hardware),  # what the file says, not where it lies
+        "hardware": repr(hardware),
     }
     text = json.dumps(recipe, sort_keys=True)
     return {
@@ -125,3 +132,9 @@ def _fingerprint(
         "space": space.fingerprint,
         "recipe": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
+
+
+def _training_of(job: Job) -> dict[str, Any]:
+    """Return the recipe; a cold start is left out, as by versions that knew no other."""
+    recipe = job.training.model_dump(mode="json", exclude={"checkpoint_every_s"})
+    return {k: v for k, v in recipe.items() if k != "warm_start" or v}

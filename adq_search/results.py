@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from adq_search.donors import donors_of
 from adq_search.errors import AdqSearchWarning, IntegerError, StorageError
 from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
 from adq_search.integer import lower, verify
@@ -20,6 +23,7 @@ from adq_search.provenance import provenance
 from adq_search.report import (
     FrontReport,
     IntegerCheck,
+    Replicate,
     TrialRecord,
     full_precision_point,
     least_violating,
@@ -31,7 +35,7 @@ from adq_search.report import (
 from adq_search.session import Session
 from adq_search.store import load_quantized
 from adq_search.training import evaluate
-from adq_search.trial import fingerprint_of, weights_of
+from adq_search.trial import TrialResult, fingerprint_of, weights_of
 
 #: Validation samples on which a kept policy must run in integers as it was measured.
 INTEGER_SAMPLES = 200
@@ -59,6 +63,7 @@ def write_outcome(
     records = [record_of(trial) for trial in outcome.trials]
     front = select_front(records, search.axes, search.budgets)
     shown = front or least_violating(records, search.budgets, len(records))
+    replicates = _replicates(session, front)
     kept = _distinct([*shown, *uniform_records(records)])
     tested: dict[str, float] = {}
     in_integers: dict[str, IntegerCheck] = {}
@@ -73,21 +78,14 @@ def write_outcome(
             integers_s += time.perf_counter() - tested_at
     made = provenance(seed=search.seed)
     for record in kept:
-        save_policy(
-            record.policy,
+        save_measured_policy(
+            session,
+            record,
             session.folder / "policies" / f"{record.policy_hash}.json",
-            network={"task": plan.job.task, "fingerprint": plan.summary.fingerprint},
-            metrics={
-                "accuracy": record.accuracy,
-                "test_accuracy": tested.get(record.policy_hash),
-                "loss": record.loss,
-                "kl": record.kl,
-                "epochs": record.epochs,
-                "cost": record.cost,
-            },
-            provenance={**made, "study": options.study, "trial": record.number},
+            {**made, "study": options.study, "trial": record.number},
+            test_accuracy=tested.get(record.policy_hash),
         )
-    _remove_other_weights(session, keep=tested)
+    _remove_other_weights(session, keep={*tested, *donors_of(session.folder, list(tested))})
     training_s = math.fsum(t.result.train_s for t in outcome.trials)
     report = make_front_report(
         options.study,
@@ -104,17 +102,22 @@ def write_outcome(
         test_accuracies=tested,
         kept_weights=tested.keys(),
         integer_checks=in_integers,
+        replicates=replicates,
+        seed=search.seed,
         n_rejected=outcome.n_rejected,
         n_repeated=outcome.n_repeated,
         prior=_prior_quality(session, records),
         seconds={
             **session.seconds,
             "trials": math.fsum(t.result.wall_s for t in outcome.trials),
+            **_replicates_s(replicates),
             "training": training_s,
             "test": time.perf_counter() - began - integers_s,
             "integers": integers_s,
             "run": time.perf_counter() - started,
         },
+        end=None if outcome.end is None else outcome.end.to_json(),
+        false_stops=None if outcome.false_stops is None else asdict(outcome.false_stops),
     )
     write_results(
         session.folder,
@@ -132,6 +135,40 @@ def write_outcome(
         },
     )
     return report
+
+
+def save_measured_policy(
+    session: Session,
+    record: TrialRecord,
+    file: Path,
+    made: Mapping[str, Any],
+    *,
+    test_accuracy: float | None = None,
+) -> None:
+    """Write a policy with what was measured of it.
+
+    Args:
+        session: The prepared job.
+        record: The trial that measured it.
+        file: A policy file, as `load_policy` reads it.
+        made: Its provenance.
+        test_accuracy: 0 to 1; None where the test part was not touched.
+    """
+    plan = session.plan
+    save_policy(
+        record.policy,
+        file,
+        network={"task": plan.job.task, "fingerprint": plan.summary.fingerprint},
+        metrics={
+            "accuracy": record.accuracy,
+            "test_accuracy": test_accuracy,
+            "loss": record.loss,
+            "kl": record.kl,
+            "epochs": record.epochs,
+            "cost": record.cost,
+        },
+        provenance=dict(made),
+    )
 
 
 def record_of(trial: HostedTrial) -> TrialRecord:
@@ -153,6 +190,37 @@ def record_of(trial: HostedTrial) -> TrialRecord:
         health=dict(result.health),
         host_label=trial.worker,
         started_at=trial.started_at,
+        donor=result.donor,
+        epochs_before=result.epochs_before,
+    )
+
+
+def _replicates(session: Session, front: Iterable[TrialRecord]) -> dict[str, list[Replicate]]:
+    """Return the further trainings of a front that the job asks for; train those that lack."""
+    seeds = session.plan.job.search.replicate_seeds
+    return {
+        record.policy_hash: [_replicate_of(session.measure(record.policy, seed=s)) for s in seeds]
+        for record in front
+        if seeds
+    }
+
+
+def _replicates_s(replicates: Mapping[str, list[Replicate]]) -> dict[str, float]:
+    if not replicates:
+        return {}
+    return {"replicates": math.fsum(r.wall_s for runs in replicates.values() for r in runs)}
+
+
+def _replicate_of(result: TrialResult) -> Replicate:
+    return Replicate(
+        seed=int(result.seed or 0),
+        state=result.state,
+        accuracy=result.accuracy,
+        loss=result.loss,
+        kl=result.kl,
+        epochs=result.epochs,
+        wall_s=result.wall_s,
+        reason=result.reason,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -79,4 +80,14 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         state: dict[str, Tensor] = load_file(file)
         return state
-    return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a hostile file leads torch's restricted unpickler anywhere
+        msg = "it is not whole, or holds more than tensors by name. Nothing in it was run."
+        raise ValueError(msg) from error
+    if not isinstance(loaded, Mapping):
+        msg = f"it holds a {type(loaded).__name__}, not tensors by name."
+        raise ValueError(msg)
+    return dict(loaded)

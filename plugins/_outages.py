@@ -65,6 +65,6 @@ def wait_out(
         call = again or call
 
 
-def disk_is_out(error: Exception) -> bool:
+def disk_is_out(error: BaseException) -> bool:
     """Whether an error says that a file system is full or out of reach."""
     return isinstance(error, OSError) and error.errno in _OF_DISKS

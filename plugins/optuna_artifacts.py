@@ -148,6 +148,8 @@ def publish(study: Study, session: Session, place: str) -> None:
                 "begin another --study."
             )
             warnings.warn(msg, AdqSearchWarning, stacklevel=2)
+        if attributes[JOB] != plan.job.to_plain():  # what may change, as `trials` may
+            study.set_user_attr(JOB, plan.job.to_plain())
         return
     if "://" not in place:
         Path(place).mkdir(parents=True, exist_ok=True)

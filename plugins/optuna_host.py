@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import signal
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,28 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from adq_search.errors import StorageError, TaskError
-from adq_search.hosting import HostOptions, HostOutcome
+from adq_search.hosting import HostOptions, HostOutcome, alone_in
+from adq_search.leading import leading
+from adq_search.parallel import ALONE, Ranks
 from adq_search.plan import Plan
 from adq_search.plugins._interrupts import remembered
 from adq_search.plugins.optuna_artifacts import fetch_session, open_store, publish
+from adq_search.plugins.optuna_ending import is_stopped, why_stopped
 from adq_search.plugins.optuna_lease import LeaseTerms, Sweeper, worker_name
 from adq_search.plugins.optuna_objective import (
     FINGERPRINT,
+    STOPPED,
     Verdict,
     check_study,
     directions,
     measuring,
 )
+from adq_search.plugins.optuna_pruner import make_pruner
 from adq_search.plugins.optuna_sampler import make_sampler
-from adq_search.plugins.optuna_status import hosted_trials, read_status
-from adq_search.plugins.optuna_storage import RESTART_S, open_storage, refuse_sqlite
+from adq_search.plugins.optuna_status import hosted_trials, read_status, read_status_in
+from adq_search.plugins.optuna_storage import JOURNAL, RESTART_S, open_storage, refuse_sqlite
+from adq_search.plugins.optuna_study_page import StudyPage, begin_pages
+from adq_search.plugins.optuna_trial_pages import should_write
 from adq_search.plugins.optuna_worker import (
     FINISHED,
     OpenStudy,
@@ -60,11 +65,15 @@ class OptunaHost:
 
     def check(self, plan: Plan, folder: Path, options: HostOptions) -> None:
         """Refuse a study that exists unasked, belongs to another job, or cannot be shared."""
+        if options.address is not None:
+            msg = "An --address is that of a Ray cluster. Give --host ray, or leave it out."
+            raise StorageError(msg)
         _check_passes(plan)
         if options.storage is not None and options.workers > 1:
             refuse_sqlite(options.storage, who=f"{options.workers} workers")
         if options.artifacts is not None:
             open_store(options.artifacts)
+        should_write(options.dashboard)
         journal = _journal_file(folder)
         if options.storage is None and not journal.exists():
             if options.resume:
@@ -72,7 +81,7 @@ class OptunaHost:
                 raise StorageError(msg)
             return
         if options.storage is None:
-            with _alone_in(folder):  # to say it before anything is trained
+            with alone_in(folder):  # to say it before anything is trained
                 pass
         patience_s = RESTART_S if options.resume else 0.0
         storage = open_storage(_storage_url(folder, options), patience_s=patience_s)
@@ -94,24 +103,42 @@ class OptunaHost:
 
     def run(self, session: Session, options: HostOptions, progress: Progress) -> HostOutcome:
         """Measure policies until the job's number of trials is reached."""
-        with quiet(), _alone_in(session.folder), remembered() as check_interrupt:
+        with quiet(), alone_in(session.folder), remembered() as check_interrupt:
             opened = self._open_study(session, options)
             Sweeper(opened.terms, has_heartbeats=opened.has_heartbeats).sweep(opened.study)
             publish(opened.study, session, options.artifacts or str(session.folder / "artifacts"))
+            begin_pages(opened.study, session, options.dashboard)
+            if is_stopped(opened.study):
+                opened.study.set_user_attr(STOPPED, None)  # judged anew, maybe by another rule
             _enqueue_seeds(opened.study, session)
+            page = StudyPage(opened.study, session)
+
+            def between_trials() -> None:
+                check_interrupt()
+                page.refresh()
+
             helpers = _start_helpers(session, options)
             try:
-                _work(opened, session, options, index=0, progress=progress, after=check_interrupt)
+                _work(opened, session, options, index=0, progress=progress, after=between_trials)
                 for helper in helpers:
                     helper.join(_LAST_WORDS_S)
             finally:
                 for helper in helpers:
                     helper.terminate()
                     helper.join()
+            page.refresh(is_last=True)
             collect(opened.study, session)
-            return _outcome(opened.study)
+            return _outcome(opened.study, session.plan)
 
-    def work(self, storage: str, study: str, folder: Path, progress: Progress) -> int:
+    def work(
+        self,
+        storage: str,
+        study: str,
+        folder: Path,
+        progress: Progress,
+        *,
+        ranks: Ranks = ALONE,
+    ) -> int:
         """Join a running study from any machine; return how many policies it has measured.
 
         Args:
@@ -119,6 +146,7 @@ class OptunaHost:
             study: Its name.
             folder: Where this worker keeps what it fetches and trains.
             progress: Told how many trials of the whole study are finished.
+            ranks: Processes that train each trial together, of which this is the first.
 
         Raises:
             StorageError: There is no such study, or this worker may not take part in it.
@@ -132,7 +160,8 @@ class OptunaHost:
                 zlib.crc32(worker_name().encode()),
                 n_before=len(opened.study.get_trials(deepcopy=False)),
             )
-            Worker(opened, session, shares=True).work(progress, check_interrupt)
+            with leading(session, ranks) as led:
+                Worker(opened, led, shares=True).work(progress, check_interrupt)
             return n_measured(opened.study)
 
     def status(self, storage: str, study: str) -> StudyStatus:
@@ -143,6 +172,15 @@ class OptunaHost:
         """
         with quiet():
             return read_status(storage, study)
+
+    def status_in(self, folder: Path) -> StudyStatus:
+        """Look at the study in a run's folder without touching it.
+
+        Raises:
+            StorageError: The folder has no study, or several.
+        """
+        with quiet():
+            return read_status_in(folder)
 
     def _open_study(self, session: Session, options: HostOptions) -> OpenStudy:
         """Make or load the study; a new one gets its fingerprint and its terms."""
@@ -182,7 +220,8 @@ def _enqueue_seeds(study: Study, session: Session) -> None:
     """Queue the seeds that no live trial of the study stands for."""
     states = (TrialState.WAITING, TrialState.RUNNING, *FINISHED)
     trials = study.get_trials(deepcopy=False, states=states)
-    present = {t.user_attrs.get("policy_hash") for t in trials}
+    stand = [t.user_attrs for t in trials if t.user_attrs.get("verdict") != Verdict.SURPLUS]
+    present = {attributes.get("policy_hash") for attributes in stand}
     for seed in session.seeds:
         if seed.policy.hash not in present:
             _enqueue(study, session.plan.space.params_of(seed.policy), seed.policy.hash)
@@ -197,7 +236,7 @@ def _storage_url(folder: Path, options: HostOptions) -> str:
 
 
 def _journal_file(folder: Path) -> Path:
-    return folder / "study.journal"
+    return folder / JOURNAL
 
 
 def _sampler(session: Session, index: int, *, n_before: int) -> optuna.samplers.BaseSampler:
@@ -254,25 +293,15 @@ def _help(folder: Path, options: HostOptions, index: int, n_threads: int) -> Non
         _work(opened, session, options, index=index, progress=heard, after=stop_when_orphaned)
 
 
-def _outcome(study: Study) -> HostOutcome:
+def _outcome(study: Study, plan: Plan) -> HostOutcome:
     trials = study.get_trials(deepcopy=False, states=FINISHED)
     hosted = hosted_trials(study)
+    pruner = make_pruner(plan)
     verdicts = [t.user_attrs.get("verdict") for t in trials]
     return HostOutcome(
         trials=tuple(hosted),
         n_rejected=verdicts.count(Verdict.OVER_BUDGET),
         n_repeated=verdicts.count(Verdict.REPEATED),
+        end=why_stopped(study),
+        false_stops=None if pruner is None else pruner.false_stops(study),
     )
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: two runs in one folder would take each other's trials for dead."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            msg = f"Another run is at work in {folder}. Wait for it, or choose another --out."
-            raise StorageError(msg) from error
-        yield

@@ -1,9 +1,9 @@
 """Who still works at which trial, and what becomes of the trials of workers that are gone.
 
-On a database Optuna's heartbeats say it. Elsewhere (journal file, gRPC proxy) a worker renews a
-lease: the user attribute `lease` of its trial, seconds since 1970 by its own clock. Who judges
-compares leases with nothing but themselves, so clocks need not agree: a lease that did not change
-for the grace period is over.
+A worker renews a lease: the user attribute `lease` of its trial, seconds since 1970 by its own
+clock. Who judges compares leases with nothing but themselves, so clocks need not agree: a lease
+that did not change for the grace period is over. On a database Optuna's heartbeats are judged
+instead, which its own tools know too; there the lease only lets everybody see who is at work.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 LEASE = "lease"
 WORKER = "worker"
-#: Times a policy is queued again after its worker died; a policy that kills its workers ends there.
+#: User attribute of a trial that saved itself: the epochs it had, and where the file lies.
+CHECKPOINT = "checkpoint"
+#: Times a policy is queued again after its worker died without having got further; a policy that
+#: kills its workers ends there.
 MAX_RETRIES = 3
 _TERMS = "adq_search.lease"
 #: Number of the process namespace outside all containers (Linux, PROC_PID_INIT_INO).
 _OUTERMOST = 0xEFFFFFFC
 #: What a trial that is queued again takes over from the one that was lost.
-_CARRIED = ("policy_hash", "result", "weights")
+_CARRIED = ("policy_hash", "result", "weights", CHECKPOINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +84,15 @@ class Lease:
 
     Args:
         terms: How often to renew.
-        is_needed: False where heartbeats say the same.
     """
 
-    def __init__(self, terms: LeaseTerms, *, is_needed: bool) -> None:
+    def __init__(self, terms: LeaseTerms) -> None:
         self._terms = terms
-        self._is_needed = is_needed
 
     @contextmanager
     def held(self, trial: Trial) -> Iterator[None]:
         """Renew the trial's lease from another thread until the block is left."""
         trial.set_user_attr(WORKER, worker_name())
-        if not self._is_needed:
-            yield
-            return
         done = threading.Event()
         renewing = threading.Thread(target=self._renew, args=(trial, done), daemon=True)
         renewing.start()
@@ -197,10 +195,13 @@ def requeue(study: Study, trial: FrozenTrial) -> None:
     Draws that were not to be measured, or whose policy was not known yet, are not missed.
     """
     attributes = trial.user_attrs
-    retries = attributes.get("retries", 0) + 1
+    epochs = attributes.get(CHECKPOINT, {}).get("epochs", 0)
+    got_further = epochs > attributes.get("resumed_epochs", 0)
+    retries = 1 if got_further else attributes.get("retries", 0) + 1
     is_missed = attributes.get("verdict") in (None, "measured") and "policy_hash" in attributes
     if not is_missed or retries > MAX_RETRIES:
         return
     parameters = trial.system_attrs.get("fixed_params") or trial.params
     carried = {key: attributes[key] for key in _CARRIED if key in attributes}
-    study.enqueue_trial(parameters, user_attrs={**carried, "retries": retries})
+    counts = {"retries": retries, "resumed_epochs": epochs}
+    study.enqueue_trial(parameters, user_attrs={**carried, **counts})

@@ -32,6 +32,8 @@ except ImportError:  # the extra `grpc`
 
 #: How long who joins or resumes a study waits for a database that is being restarted.
 RESTART_S = 60.0
+#: The study of a run without a storage, in its folder.
+JOURNAL = "study.journal"
 _GRPC = "grpc://"
 _DEFAULT_GRPC_PORT = 13000
 #: How a proxy's answer says that its own database failed it.

@@ -16,13 +16,22 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from safetensors import SafetensorError
 
-from adq_search.errors import StorageError
+from adq_search.errors import ParallelError, StorageError
 from adq_search.pareto import front_indices
 from adq_search.plugins._outages import disk_is_out
 from adq_search.plugins.optuna_artifacts import download, store_of, upload
+from adq_search.plugins.optuna_checkpoints import SharedCheckpoints
+from adq_search.plugins.optuna_ending import Replicates, StopRule, is_stopped, replicated
 from adq_search.plugins.optuna_lease import Lease, LeaseTerms, Sweeper, give_up, requeue
-from adq_search.plugins.optuna_objective import PolicyObjective, measuring, result_of
+from adq_search.plugins.optuna_objective import (
+    REPLICATE_SEED,
+    PolicyObjective,
+    measuring,
+    result_of,
+)
+from adq_search.plugins.optuna_pruner import make_pruner
 from adq_search.plugins.optuna_storage import RESTART_S, open_storage
+from adq_search.plugins.optuna_trial_pages import TrialPages
 from adq_search.policy import Policy
 from adq_search.progress import Progress
 from adq_search.session import Session
@@ -101,18 +110,26 @@ class Worker:
                 "networks_per_pass to 1."
             )
             raise StorageError(msg)
-        self._lease = Lease(terms, is_needed=not has_heartbeats)
+        self._lease = Lease(terms)
         self._sweeper = Sweeper(terms, has_heartbeats=has_heartbeats)
         self._store = store_of(study) if shares else None
+        self._checkpoints = SharedCheckpoints(session, self._store)
+        self._stop_rule = StopRule(study, session)
+        self._replicates = Replicates(study, session)
+        self._pages = TrialPages(study, session, has_weights=shares)
         self._objective = PolicyObjective(
             session,
             n_trials=self._n_trials,
+            pruner=make_pruner(session.plan),
+            checkpoint_of=self._checkpoints.of,
             on_measured=self._share,
             while_waiting=self._look_about,
         )
 
     def work(self, progress: Progress, after: Callable[[], None]) -> None:
-        """Run trials until the study has as many finished ones as its job asks for.
+        """Run trials until the study has as many finished ones as its job asks for, or settles.
+
+        Then the policies of its front are trained again, as often as the job asks for.
 
         Args:
             progress: Told how many trials are finished.
@@ -121,19 +138,26 @@ class Worker:
         Raises:
             StorageError: The storage stays out of reach, or the disk is full.
         """
+        is_over = False
         while True:
             after()
             self._sweeper.sweep(self._study)
-            done = n_measured(self._study)
-            progress.update("trials", min(done, self._n_trials), self._n_trials)
-            if done >= self._n_trials or is_exhausted(self._study):
-                return
-            if self._is_full():
+            if is_over or self._is_over(progress):
+                is_over = True
+                if self._replicates.advance(progress, self._run_one):
+                    return
+            elif self._is_full() or is_stopped(self._study):
                 time.sleep(_POLL_S)
             elif self._n_per_pass == 1:
                 self._run_one()
             else:
                 self._run_pass()
+
+    def _is_over(self, progress: Progress) -> bool:
+        """Whether the search has ended: by its number of trials, its space, or its stop rule."""
+        done = n_measured(self._study)
+        progress.update("trials", min(done, self._n_trials), self._n_trials)
+        return done >= self._n_trials or is_exhausted(self._study) or self._stop_rule.is_met()
 
     def _is_full(self) -> bool:
         """Whether as many policies as the job asks for are measured or being measured."""
@@ -150,7 +174,9 @@ class Worker:
                     trial = self._study.ask()
                     self._running.add(trial.number)
                     leases.enter_context(self._lease.held(trial))
-                    found = self._tell(trial, partial(self._objective.settle, trial))
+                    is_replicate = REPLICATE_SEED in trial.user_attrs
+                    answer = self._objective if is_replicate else self._objective.settle
+                    found = self._tell(trial, partial(answer, trial))
                     if isinstance(found, Policy):
                         drawn.append((trial, found))
                 if not drawn:
@@ -188,7 +214,7 @@ class Worker:
 
         def objective(trial: Trial) -> tuple[float, ...]:
             running.append(trial.number)
-            with self._lease.held(trial):
+            with self._lease.held(trial), self._checkpoints.dropped_after(trial):
                 return self._objective(trial)
 
         try:
@@ -201,7 +227,7 @@ class Worker:
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from error
             raise
-        except (KeyboardInterrupt, OSError, SafetensorError) as error:
+        except (KeyboardInterrupt, OSError, SafetensorError, ParallelError) as error:
             self._hand_back(running)
             self._explain(error)
             raise
@@ -224,11 +250,12 @@ class Worker:
             raise StorageError(msg) from error
 
     def _share(self, trial: Trial, result: TrialResult) -> None:
-        """Upload a complete trial's weights, before its result is told."""
+        """Upload a complete trial's weights and write its page, before its result is told."""
         if self._store is not None and result.state == "complete":
             file = self._session.weights_file(result.policy)
             if file.exists():
                 trial.set_user_attr(WEIGHTS, upload(self._store, file, trial))
+        self._pages.write(trial, result)
 
     def _look_about(self, trial: Trial) -> None:
         self._sweeper.sweep(self._study, mine={trial.number, *self._running})
@@ -241,7 +268,8 @@ def n_measured(study: Study) -> int:
 
 def is_exhausted(study: Study) -> bool:
     """Whether the last many draws brought nothing new."""
-    last = study.get_trials(deepcopy=False, states=FINISHED)[-_MAX_IDLE_DRAWS:]
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    last = [t for t in finished if REPLICATE_SEED not in t.user_attrs][-_MAX_IDLE_DRAWS:]
     return len(last) == _MAX_IDLE_DRAWS and not measuring(last)
 
 
@@ -255,7 +283,7 @@ def collect(study: Study, session: Session) -> None:
     """
     trials = measuring(study.get_trials(deepcopy=False, states=FINISHED))
     results = {t.number: r for t in trials if (r := result_of(t)) is not None}
-    for result in results.values():
+    for result in [*results.values(), *replicated(study)]:
         session.adopt(result)
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     directions = [axis.direction for axis in session.plan.job.search.axes]

@@ -12,12 +12,14 @@ import typer
 from rich.console import Console
 
 from adq_search.cli._progress import ShownProgress
+from adq_search.cli._ranks import follow_to_the_end, launched, threads_each
 from adq_search.cli._spaces import find_job
 from adq_search.errors import AdqSearchError, SpaceError, did_you_mean
 from adq_search.hosting import Host, HostOptions
 from adq_search.job import Job
+from adq_search.leading import leading
 from adq_search.plan import Plan, plan
-from adq_search.report import front_table, read_front, rebuild, within_budgets
+from adq_search.report import certainty, front_table, read_front, rebuild, within_budgets
 from adq_search.results import write_outcome
 from adq_search.session import prepare
 from adq_search.training import threads_for
@@ -38,6 +40,15 @@ def run(
         list[str] | None, typer.Option(help="Limit on a cost, repeatable: weight_bytes=20KiB.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    pruner: Annotated[
+        str | None, typer.Option(help="Who stops hopeless trials: front or none.")
+    ] = None,
+    replicates: Annotated[
+        int | None, typer.Option(help="New seeds that the front is trained again with.")
+    ] = None,
+    warm_start: Annotated[
+        bool | None, typer.Option(help="Begin trials from the nearest trained policy.")
+    ] = None,
     host: Annotated[str, typer.Option(help="What runs the search: optuna or ray.")] = "optuna",
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL [a journal file in the folder].")
@@ -45,32 +56,83 @@ def run(
     artifacts: Annotated[
         str | None, typer.Option(help="Weights for workers elsewhere: a folder, s3://BUCKET.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that train at once.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that train at once [1; with --address what fits]."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to run on, or auto [this machine alone].")
+    ] = None,
+    cpus_per_trial: Annotated[
+        float, typer.Option(help="Processors that a Ray trial reserves.")
+    ] = 1.0,
+    gpus_per_trial: Annotated[
+        float, typer.Option(help="GPUs that a Ray trial reserves; 0.5 shares one.")
+    ] = 0.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a study.")] = False,
+    dashboard: Annotated[
+        bool | None,
+        typer.Option(help="Notes and figures for optuna-dashboard [where it is installed]."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of a worker [by the job's size].")
     ] = None,
 ) -> None:
-    """Search for the Pareto front of quantization policies."""
+    """Search for the Pareto front of quantization policies.
+
+    Started by torchrun, the processes train each trial together.
+    """
     start = time.perf_counter()
     console = Console()
+    ranks = launched()
+    if not ranks.is_first:
+        torch.set_num_threads(threads or threads_each())
+        follow_to_the_end(ranks)
+        return
     job, name = find_job(space)
-    job = _changed(job, trials, epochs, objective, budget, seed)
-    options = HostOptions(study or name, storage, workers, resume, artifacts)
+    job = _changed(
+        job,
+        budget,
+        search={
+            "trials": trials,
+            "objectives": objective,
+            "seed": seed,
+            "pruner": pruner,
+            "replicates": replicates,
+        },
+        training={"epochs": epochs, "warm_start": warm_start},
+    )
+    options = HostOptions(
+        study or name,
+        storage=storage,
+        workers=workers or (1 if address is None else 0),
+        resume=resume,
+        artifacts=artifacts,
+        dashboard=dashboard,
+        address=address,
+        cpus_per_trial=cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+    )
     folder = out or Path("results") / options.study
     runner = find_host(host)
     planned = plan(job)
     size = planned.summary.macs, job.training.batch_size
-    torch.set_num_threads(threads or threads_for(*size, workers=workers))
+    torch.set_num_threads(threads or threads_for(*size, workers=max(1, options.workers)))
+    if ranks.size > 1:
+        _check_trains_here(host, options.workers)
+        torch.set_num_threads(threads or threads_each())
     runner.check(planned, folder, options)
     _tell_what_is_reachable(console, planned)
     with ShownProgress(console) as progress:
         session = prepare(planned, folder, progress)
-        outcome = runner.run(session, options, progress)
+        with leading(session, ranks) as led:
+            outcome = runner.run(led, options, progress)
         progress.update("report", 0, 1)
         report = write_outcome(session, outcome, options, started=start)
         progress.update("report", 1, 1)
     console.print(front_table(report))
+    for sentence in certainty(report):
+        console.print(sentence, highlight=False, soft_wrap=True)
     if report.budgets:
         console.print(within_budgets(report), highlight=False, soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
@@ -82,6 +144,17 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run's result
     page = rebuild(folder)
     console.print(front_table(read_front(folder)))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def _check_trains_here(host: str, n_workers: int) -> None:
+    """Refuse data-parallel trials where a host would start processes of its own for them."""
+    if host != "optuna" or n_workers != 1:
+        msg = (
+            "The processes of torchrun train together what the first one measures, but --host "
+            f"{host} with {n_workers} workers measures in processes of its own. Take --host optuna "
+            "--workers 1, and let others join by `torchrun ... -m adq_search worker`."
+        )
+        raise AdqSearchError(msg)
 
 
 def _tell_what_is_reachable(console: Console, planned: Plan) -> None:
@@ -115,21 +188,23 @@ def find_host(name: str) -> Host:
 
 
 def _changed(
-    job: Job,
-    trials: int | None,
-    epochs: int | None,
-    objectives: list[str] | None,
-    budgets: list[str] | None,
-    seed: int | None,
+    job: Job, budgets: list[str] | None, search: dict[str, Any], training: dict[str, Any]
 ) -> Job:
-    """Return the job with what the command line says instead of what the file says."""
-    search: dict[str, Any] = {"trials": trials, "seed": seed, "objectives": objectives}
+    """Return the job with what the command line says instead of what the file says.
+
+    Args:
+        job: The file's.
+        budgets: `name=amount`; they join the file's.
+        search: Search settings; None stands for the file's.
+        training: Training settings, likewise.
+    """
+    given = {key: value for key, value in search.items() if value is not None}
     if budgets:
-        search["budgets"] = {**job.search.budgets, **dict(_pair(text) for text in budgets)}
-    search = {key: value for key, value in search.items() if value is not None}
-    if search:
-        job = job.with_search(**search)
-    return job if epochs is None else job.with_training(epochs=epochs)
+        given["budgets"] = {**job.search.budgets, **dict(map(_pair, budgets))}
+    if given:
+        job = job.with_search(**given)
+    given = {key: value for key, value in training.items() if value is not None}
+    return job.with_training(**given) if given else job
 
 
 def _pair(text: str) -> tuple[str, str]:

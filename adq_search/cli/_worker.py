@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from adq_search.cli._progress import ShownProgress
+from adq_search.cli._ranks import follow_to_the_end, launched, threads_each
 from adq_search.cli._run import find_host
 from adq_search.errors import AdqSearchError, StorageError
 from adq_search.status import SharingHost
@@ -34,24 +35,34 @@ def worker(
     folder: Annotated[
         Path | None, typer.Option(help="Where this worker keeps its files [a temporary one].")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads to train with.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads to train with [1; under torchrun all, shared out]."),
+    ] = None,
     wait: Annotated[
         float, typer.Option(min=0.0, help="Seconds to wait for the study to begin.")
     ] = 0.0,
     host: HostOption = "optuna",
 ) -> None:
-    """Run trials of a study that `adq-search run` began, until it has all that it asked for."""
+    """Run trials of a study that `adq-search run` began, until it has all that it asked for.
+
+    Started by torchrun, the processes train each trial together.
+    """
     console = Console()
-    joined = find_sharing_host(host)
     signal.signal(signal.SIGTERM, _interrupt)  # how a batch system says stop
-    torch.set_num_threads(threads)
+    ranks = launched()
+    torch.set_num_threads(threads or (1 if ranks.size == 1 else threads_each()))
+    if not ranks.is_first:
+        follow_to_the_end(ranks)
+        return
+    joined = find_sharing_host(host)
     _wait_for(joined, storage, study, wait)
     with (
         tempfile.TemporaryDirectory(prefix="adq-search-") as scratch,
         ShownProgress(console) as bar,
     ):
         try:
-            n = joined.work(storage, study, folder or Path(scratch), bar)
+            n = joined.work(storage, study, folder or Path(scratch), bar, ranks=ranks)
         except KeyboardInterrupt:
             console.print("stopped; the policy it was at is back in the queue")
             raise typer.Exit(_STOPPED) from None

@@ -33,8 +33,8 @@ FLAGS = (
 )
 #: Arguments of each function: p pointer, l long, f float; see `kernels.cpp`.
 _SIGNATURES = {
-    "uniform": "lpplfppplll",
-    "uniform_backward": "lppplfppfpplll",
+    "uniform": "lpplfpplplll",
+    "uniform_backward": "lppplfpplfpplll",
     "clipped": "lpplfplplll",
     "clipped_backward": "lppplfplfpplll",
     "codebook": "lpplppll",
@@ -73,11 +73,15 @@ def uniform(values: Tensor, raw: Tensor, smallest: float, qmin: Tensor, qmax: Te
         values: Any shape.
         raw: One step, or one for each entry of the first dimension.
         smallest: Least step in use.
-        qmin: Smallest code, # shape: ()
-        qmax: Largest code, # shape: ()
+        qmin: Smallest code; one, or one for each step.
+        qmax: Largest code, likewise.
     """
     out = torch.empty_like(values)
-    _call("uniform", values, raw, raw.numel() > 1, smallest, qmin, qmax, out, *_sizes(values, raw))
+    _call(
+        "uniform",
+        *(values, raw, raw.numel() > 1, smallest, qmin, qmax, qmin.numel() > 1),
+        *(out, *_sizes(values, raw)),
+    )
     return out
 
 
@@ -94,8 +98,16 @@ def uniform_backward(
     grad_values, sums = torch.empty_like(values), raw.new_empty(_rows(values, raw))
     _call(
         "uniform_backward",
-        *(values, _laid_out_as(upstream, values), raw, raw.numel() > 1, smallest, qmin, qmax),
-        *(scale if raw.numel() > 1 else 1.0, grad_values, sums, *_sizes(values, raw)),
+        *(values, _laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
+        *(
+            qmin,
+            qmax,
+            qmin.numel() > 1,
+            scale if raw.numel() > 1 else 1.0,
+            grad_values,
+            sums,
+            *_sizes(values, raw),
+        ),
     )
     return grad_values, _to_parameter(sums, raw, scale)
 

@@ -62,8 +62,8 @@ def uniform_through(
         values: Any shape.
         step: One, or one for each entry of the first dimension (a channel of weights, a sample of
             inputs).
-        qmin: Smallest code, # shape: ()
-        qmax: Largest code, # shape: ()
+        qmin: Smallest code; one, or one for each step.
+        qmax: Largest code, likewise.
         n_features: N in the gradient scale of a trained step, which is used as `positive_step`
             does. None takes positive steps as they are, and their gradient unscaled.
 

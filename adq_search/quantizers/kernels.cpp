@@ -376,27 +376,28 @@ void typed(long is_half, const Use use) {
 }  // namespace
 
 // What Python calls. Values, upstream gradients, outputs and gradients to values are float32, or
-// bfloat16 where `half`; all else is float32. `by_row`: one parameter for each row, else one in all.
+// bfloat16 where `half`; all else is float32. `by_row` and `ranged`: one parameter, or one range,
+// for each row; else one in all.
 
 extern "C" void uniform(long half, const void* values, const float* raw, long by_row, float smallest,
-                        const float* qmin, const float* qmax, void* out, long rows, long columns,
-                        long threads) {
-    const float n = *qmin, p = *qmax;
+                        const float* qmin, const float* qmax, long ranged, void* out, long rows,
+                        long columns, long threads) {
     typed(half, [=](auto kind) {
         using T = decltype(kind);
         const T* v = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
         for_blocks(rows, columns, threads, [=](long, long row, long at, long size) {
-            uniform_block(v + at, positive(raw[by_row ? row : 0], smallest), n, p, to + at, size);
+            const float s = positive(raw[by_row ? row : 0], smallest);
+            const long range = ranged ? row : 0;
+            uniform_block(v + at, s, qmin[range], qmax[range], to + at, size);
         });
     });
 }
 
 extern "C" void uniform_backward(long half, const void* values, const void* upstream,
                                  const float* raw, long by_row, float smallest, const float* qmin,
-                                 const float* qmax, float scale, void* grad_values, float* sums,
-                                 long rows, long columns, long threads) {
-    const float n = *qmin, p = *qmax;
+                                 const float* qmax, long ranged, float scale, void* grad_values,
+                                 float* sums, long rows, long columns, long threads) {
     std::vector<float> parts(rows * blocks_of(columns));
     float* part = parts.data();
     typed(half, [=](auto kind) {
@@ -405,7 +406,9 @@ extern "C" void uniform_backward(long half, const void* values, const void* upst
         T* to = static_cast<T*>(grad_values);
         for_blocks(rows, columns, threads, [=](long block, long row, long at, long size) {
             const float s = positive(raw[by_row ? row : 0], smallest);
-            part[block] = uniform_slopes(v + at, r + at, s, n, p, to + at, size);
+            const long range = ranged ? row : 0;
+            part[block] =
+                uniform_slopes(v + at, r + at, s, qmin[range], qmax[range], to + at, size);
         });
     });
     sum_rows(parts, rows, by_row, raw, scale, sums);

@@ -30,10 +30,13 @@ from adq_search.quantizers import (
     N2uqInput,
     WeightQuantizer,
 )
-from adq_search.quantizers._through import lsq_gradient_scale, positive_step
+from adq_search.quantizers._through import (
+    lsq_gradient_scale,
+    positive_step,
+    uniform_through,
+)
 from adq_search.quantizers.asq import SMALLEST_FACTOR
 from adq_search.stacking._thresholds import ThresholdInputs
-from adq_search.stacking._uniform import uniform_rows
 
 
 class Uniform(nn.Module, ABC):
@@ -153,7 +156,8 @@ class UniformWeights(Uniform):
     def forward(self, values: Tensor) -> Tensor:
         """Quantize. # shape: (K * out, ...)."""
         step = positive_step(self.step, self.gradient_scale)
-        return uniform_rows(values.flatten(1), step, self.qmin, self.qmax).view(values.shape)
+        flat = uniform_through(values.flatten(1), step, self.qmin, self.qmax, n_features=None)
+        return flat.view(values.shape)
 
     @torch.no_grad()
     def unstack_(self) -> None:
@@ -196,7 +200,7 @@ class UniformInputs(Uniform):
         if self.factors is not None:
             step = step * self.factors(rows)
         qmin, qmax = (bound.repeat(n).unsqueeze(1) for bound in (self.qmin, self.qmax))
-        flat = uniform_rows(rows.flatten(0, 1), step.reshape(-1, 1), qmin, qmax)
+        flat = uniform_through(rows.flatten(0, 1), step.reshape(-1, 1), qmin, qmax, n_features=None)
         return flat.view(values.shape)
 
     @torch.no_grad()
