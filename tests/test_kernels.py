@@ -136,6 +136,23 @@ def test_no_policy_compiles_anything_after_the_first_of_each_scheme(monkeypatch)
     assert compiled_graphs() == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["lsq", "asq_post", "adq"])
+def test_a_quantized_network_can_be_compiled_as_a_whole(scheme):
+    precision = LayerPrecision(4, 4, scheme, ema_momentum=0.9 if scheme == "adq" else None)
+    batch = torch.randn(5, 3, 12, 12)
+    results = []
+    for backend in (None, "aot_eager"):
+        network = small_network()
+        apply_policy_(network, Policy.uniform(("0", "2", "6"), precision), batch)
+        call = network if backend is None else torch.compile(network, backend=backend)
+        out = call(batch)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in network.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+
+
 @needs_compiler
 def test_every_shape_of_tensor_runs_the_same_code(monkeypatch):
     monkeypatch.setenv("ADQ_SEARCH_COMPILE", "inductor")

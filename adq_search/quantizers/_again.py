@@ -7,8 +7,7 @@ that size for every layer; making it again from the float input costs one pass o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,19 +17,18 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 KEPT_BELOW = 2**17
 
 
-@contextmanager
-def made_again(values: Tensor) -> Iterator[None]:
+def made_again(values: Tensor) -> AbstractContextManager[object]:
     """While this lasts, operations on `values` save the way to make it instead of the tensor.
 
     Args:
         values: What a quantizer returned. Its graph node says how it is made again (`again`);
-            without that everything is saved as usual.
+            without that everything is saved as usual, and `torch.compile` decides for itself.
     """
+    if torch.compiler.is_compiling():
+        return nullcontext()
     node = values.grad_fn
-    is_small = values.numel() < KEPT_BELOW
-    if is_small or not hasattr(node, "again") or torch.compiler.is_compiling():
-        yield
-        return
+    if values.numel() < KEPT_BELOW or not hasattr(node, "again"):
+        return nullcontext()
     place, n_values = values.data_ptr(), values.numel()
 
     def pack(saved: Tensor) -> Tensor | tuple[Node, torch.Size]:
@@ -44,5 +42,4 @@ def made_again(values: Tensor) -> Iterator[None]:
         with torch.no_grad():
             return maker.again(maker).reshape(shape)  # type: ignore[attr-defined, no-any-return]
 
-    with saved_tensors_hooks(pack, unpack):
-        yield
+    return saved_tensors_hooks(pack, unpack)

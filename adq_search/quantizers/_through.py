@@ -233,7 +233,7 @@ class _Clipped(Function):
             return _native.clipped(v, raw, EPS, unit_levels)
         alpha = _used(raw, EPS)
         tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
-        if not compiles(v) and v.is_contiguous():
+        if _as_it_lies(v):
             return _clipped.function(v, alpha, *tables)
         order = row_order(v)
         rows = to_rows(v, order)
@@ -251,7 +251,7 @@ class _Clipped(Function):
             return grad_v, grad_raw, None, None
         alpha = _used(raw, EPS)
         tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
-        if not compiles(v) and v.is_contiguous():
+        if _as_it_lies(v):
             grad_v, parts = _clipped_slopes(v, gradients[0], alpha, *tables)
             grad_alpha = _gathered(parts, alpha)
         else:
@@ -263,6 +263,11 @@ class _Clipped(Function):
             )
             grad_v, grad_alpha = from_rows(grad_v, v, order), from_column(sums, alpha)
         return grad_v, _signed(raw, grad_alpha) * ctx.gradient_scale, None, None
+
+
+def _as_it_lies(v: Tensor) -> bool:
+    """Whether tensor operations take the values in their own shape; kernels take rows."""
+    return v.is_contiguous() and not compiles(v) and not torch.compiler.is_compiling()
 
 
 @Kernel

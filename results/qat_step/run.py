@@ -1,7 +1,7 @@
 """Time a training step of quantized networks against float training, everything in turn.
 
 Usage: python results/qat_step/run.py [--threads N] [--rounds N] [--networks NAME ...]
-       [--compiled] [--no-eager]
+       [--compiled NAME ...] [--no-eager]
 
 In every round each contestant of a network trains one step, in turn, on the same cores; ratios
 are taken within rounds. Writes steps.csv (a row a network, contestant and round), kernels.csv,
@@ -154,16 +154,16 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--compiled", nargs="+", default=[], choices=list(NETWORKS))
     parser.add_argument("--no-eager", action="store_true", help="leave out uncompiled quantizers")
     asked = parser.parse_args()
     if not ALLOCATOR.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     torch.set_num_threads(asked.threads)
     start = time.perf_counter()
-    names = variants(with_compiled=asked.compiled, with_eager=not asked.no_eager)
     rows = []
     for network in asked.networks:
+        names = variants(with_compiled=network in asked.compiled, with_eager=not asked.no_eager)
         rows += race(network, names, asked.rounds)
     found = summary(rows)
     kernels = race_kernels(asked.rounds)
