@@ -336,6 +336,7 @@ def test_a_checkpoint_is_written_no_more_often_than_asked(task, tmp_path, monkey
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     """Another process is killed with SIGKILL in mid-trial; this one trains the rest alone."""
     job = read_job(TINY).with_training(epochs=5, checkpoint_every_s=0.0)

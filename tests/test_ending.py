@@ -70,7 +70,7 @@ def replicates_in(study):
     return [t for t in study.get_trials() if REPLICATE_SEED in t.user_attrs]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_front_is_trained_again_with_new_seeds(ready, workers):
     session = ready(replicates=2)
     outcome = run(session, workers=workers)

@@ -63,7 +63,7 @@ def run(quantizer, values, upstream):
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["native", "inductor"])
+@pytest.mark.parametrize("form", ["native", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_every_form_is_equal_to_plain_tensor_operations(
     form, name, bits, layout, dtype, monkeypatch
 ):

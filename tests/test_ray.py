@@ -78,6 +78,7 @@ def trial_folders(session):
     return [f for f in (session.folder / "ray" / "tiny").iterdir() if f.is_dir()]
 
 
+@pytest.mark.slow
 def test_the_host_measures_what_any_host_measures(session, prepared, tmp_path):
     outcome = run(session)
     assert len(outcome.trials) == session.plan.job.search.trials == 6
@@ -135,6 +136,7 @@ def check_stopped_are_apart(session, grid):
     assert report.counts["stopped"] == len(stopped)
 
 
+@pytest.mark.slow
 def test_tunes_own_searcher_and_asha_work_with_our_trainable(session, tmp_path):
     session = longer(session, 4)
     session = replace(session, plan=plan(session.plan.job.with_search(trials=1)))
