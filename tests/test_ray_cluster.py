@@ -59,7 +59,7 @@ def check(session, outcome, n):
 def test_a_search_uses_every_node_and_loses_none_with_one_of_them(three, tmp_path):
     session = prepare(plan(slow_job(tmp_path, trials=14)), tmp_path / "session")
     doomed = sorted(three.worker_nodes, key=str)[0]
-    for i in range(6):  # long enough for the other nodes' processes to start
+    for i in range(14):  # long enough for the other nodes' processes to start
         (tmp_path / "harm" / f"wait-2-start{i}").touch()
 
     def blow():
