@@ -173,9 +173,13 @@ def test_random_shapes_agree(made):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "bits", "options"), SCHEMES, ids=IDS)
-def test_digits_networks_predict_every_class_of_the_test_set(scheme, bits, options):
+def test_digits_networks_predict_every_class_of_the_test_set(scheme, bits, options, monkeypatch):
     digits = load_task("digits")
-    network = trained(digits.make_network(), digits, scheme, bits, options, epochs=2)
+    # Ties of float32 rounding may turn a class, so the trained network has to be the same one on
+    # every machine, with a C++ compiler or without.
+    with monkeypatch.context() as patch:
+        patch.setenv("ADQ_SEARCH_COMPILE", "off")
+        network = trained(digits.make_network(), digits, scheme, bits, options, epochs=2)
     integer = lower(network, digits.calibration(256, seed=0))
     agreement = verify(network, integer, inputs_of(digits.test))
     assert agreement.is_verified
