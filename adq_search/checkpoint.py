@@ -240,6 +240,7 @@ def read_checkpoint(file: Path) -> tuple[CheckpointHeader, dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as content:
             text = (content.metadata() or {}).get(_HEADER)
+            # A file of safetensors has keys, but cannot be iterated over.
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         if text is None:
             msg = (

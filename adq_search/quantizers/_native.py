@@ -57,7 +57,7 @@ def takes(values: Tensor, *parameters: Tensor) -> bool:
         # Tensors of other classes (fake, batched, distributed) have no memory to point at.
         and type(values) in (Tensor, nn.Parameter)
         and values.dtype in (torch.float32, torch.bfloat16)
-        and all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+        and all(_is_plain(parameter) for parameter in parameters)
         and values.numel() > 0
         and _layout(values) is not None
         and compile_mode() in ("auto", "native")
@@ -99,15 +99,8 @@ def uniform_backward(
     _call(
         "uniform_backward",
         *(values, _laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
-        *(
-            qmin,
-            qmax,
-            qmin.numel() > 1,
-            scale if raw.numel() > 1 else 1.0,
-            grad_values,
-            sums,
-            *_sizes(values, raw),
-        ),
+        *(qmin, qmax, qmin.numel() > 1, scale if raw.numel() > 1 else 1.0),
+        *(grad_values, sums, *_sizes(values, raw)),
     )
     return grad_values, _to_parameter(sums, raw, scale)
 
@@ -266,6 +259,11 @@ def _layout(tensor: Tensor) -> torch.memory_format | None:
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return None
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    is_here = parameter.device.type == "cpu" and parameter.is_contiguous()
+    return is_here and parameter.dtype == torch.float32
 
 
 def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:

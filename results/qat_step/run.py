@@ -79,6 +79,8 @@ def summary(rows):
                     "ratio": statistics.median(ratios),
                     "low": min(ratios),
                     "high": max(ratios),
+                    "shortest": min(r["step_s"] for r in mine)
+                    / min(r["step_s"] for r in floats.values()),
                     "target": TARGETS.get(name),
                     "memory": mine[0]["peak_bytes"] / floats[0]["peak_bytes"],
                 }
@@ -88,9 +90,9 @@ def summary(rows):
 
 def table(found):
     lines = [
-        "| network | contestant | ms a step | against float | spread | target | peak memory "
-        f"(target {MEMORY_TARGET:g}) |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| network | contestant | ms a step | against float | spread | shortest steps | target "
+        f"| peak memory (target {MEMORY_TARGET:g}) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in found:
         cells = [
@@ -99,6 +101,7 @@ def table(found):
             f"{r['ms']:.0f}",
             f"{r['ratio']:.2f}",
             f"{r['low']:.2f} to {r['high']:.2f}",
+            f"{r['shortest']:.2f}",
             "" if r["target"] is None else f"{r['target']:.2f}",
             f"{r['memory']:.2f}",
         ]
