@@ -31,7 +31,8 @@ class QuantLayer(nn.Module):
     input_quantizer: InputQuantizer
 
     def _quantized(self, weight: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
-        return self.weight_quantizer(weight), self.input_quantizer(input)
+        is_done = getattr(input, "quantized_by", None) is self.input_quantizer
+        return self.weight_quantizer(weight), input if is_done else self.input_quantizer(input)
 
 
 class QuantConv1d(QuantLayer, nn.Conv1d):
@@ -107,6 +108,11 @@ def to_float_(layer: QuantLayer) -> None:
         del layer.visible_call
     del layer.weight_quantizer, layer.input_quantizer
     layer.__class__ = FLOAT_CLASSES[type(layer)]  # type: ignore[assignment]
+
+
+def mark_quantized(values: Tensor, quantizer: InputQuantizer) -> None:
+    """Say that values are what `quantizer` returned, so that its layer takes them as they are."""
+    values.quantized_by = quantizer  # type: ignore[attr-defined]
 
 
 def _do_nothing(layer: nn.Module, args: tuple[Tensor, ...]) -> None: ...

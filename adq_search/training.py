@@ -18,6 +18,7 @@ from adq_search.checkpoint import TrainingCheckpoint, load_training_state_, trai
 from adq_search.distill import DistillationSettings, Teacher, distillation_loss, kl_to_teacher
 from adq_search.global_batch_norm import global_batch_norms
 from adq_search.layout import training_layout
+from adq_search.norms import fused_norms
 from adq_search.parallel import ALONE, Ranks
 from adq_search.progress import Progress
 from adq_search.stacking import Stack
@@ -173,7 +174,7 @@ def fit(
         return not is_past and epoch < settings.epochs and watch.should_stop()
 
     mean_loss = math.nan
-    with global_batch_norms(network, ranks):
+    with global_batch_norms(network, ranks), fused_norms(network):
         means = epoch_losses(
             network,
             task,
@@ -209,7 +210,8 @@ def fit_stack(
     Returns:
         One outcome a network, in the stack's order.
     """
-    means = list(epoch_losses(stack, task, settings, teacher=teacher, seed=seed))
+    with fused_norms(stack):
+        means = list(epoch_losses(stack, task, settings, teacher=teacher, seed=seed))
     return [_outcome(losses) for losses in zip(*means, strict=True)]
 
 

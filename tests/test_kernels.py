@@ -22,7 +22,6 @@ from adq_search.quantizers import (
     PotWeight,
     RootWeight,
     _again,
-    _native,
 )
 from adq_search.quantizers._compile import Kernel, compiles
 from adq_search.quantizers._intervals import interval_entry, interval_sums, padded, rank
@@ -258,46 +257,6 @@ def test_sums_do_not_depend_on_the_number_of_threads(name, monkeypatch):
     exact = not name.startswith("asq")
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=0.0 if exact else 1e-6, atol=0.0)
-
-
-def test_no_compiler_is_no_error_unless_native_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _native._library.cache_clear()
-    try:
-        monkeypatch.setenv("ADQ_SEARCH_COMPILE", "auto")
-        with pytest.warns(AdqSearchWarning, match="Install a C\\+\\+ compiler"):
-            assert not _native.takes(torch.zeros(3))
-        _native._library.cache_clear()
-        monkeypatch.setenv("ADQ_SEARCH_COMPILE", "native")
-        with pytest.raises(QuantizerError, match="no-such-compiler"):
-            _native.takes(torch.zeros(3))
-    finally:
-        _native._library.cache_clear()
-
-
-@needs_compiler
-def test_the_library_is_built_once_and_found_again(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built = _native._built()
-    made_at = built.stat().st_mtime_ns
-    assert _native._built() == built
-    assert built.stat().st_mtime_ns == made_at
-    assert [file.name for file in built.parent.iterdir()] == [built.name]
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        torch.zeros(2, 3, dtype=torch.float64),
-        torch.zeros(0, 3),
-        torch.zeros(4, 6)[:, ::2],
-        torch.zeros(2, 3, device="meta"),
-    ],
-    ids=["float64", "no values", "with gaps", "no memory"],
-)
-def test_what_the_native_passes_leave_to_tensor_operations(values):
-    assert not _native.takes(values)
 
 
 def slow_intervals(values, weights, knots, entries):

@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROWS = [
     {"errors", "progress", "provenance"},
-    {"files", "validation"},
+    {"files", "validation", "native"},
     {"tracing", "pareto", "policy", "parallel"},
     {"quantizers", "layout"},
     {"layers", "hardware", "global_batch_norm"},
-    {"convert", "space_file", "space_rules", "space"},
+    {"convert", "norms", "space_file", "space_rules", "space"},
     {"sensitivity", "tasks", "knapsack", "integer"},
     {"prior", "distill", "guide", "simulator", "stacking", "checkpoint"},
     {"training", "prior_quality", "replicates", "warm_start"},

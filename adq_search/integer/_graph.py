@@ -16,13 +16,11 @@ from torch.nn import functional as F
 from adq_search.errors import IntegerError
 from adq_search.integer.steps import Window
 from adq_search.layers import QuantLayer
-
-Range = tuple[float, float]
+from adq_search.norms import RANGES, Range
 
 #: Modules that only clip, or do nothing in evaluation, with the range they let through.
 CLIPPING: Mapping[type[nn.Module], Range] = {
-    nn.ReLU: (0.0, math.inf),
-    nn.ReLU6: (0.0, 6.0),
+    **RANGES,
     nn.Identity: (-math.inf, math.inf),
     nn.Dropout: (-math.inf, math.inf),
     nn.Dropout2d: (-math.inf, math.inf),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adq_search.errors import AdqSearchWarning
-from adq_search.quantizers._modes import compile_mode
+from adq_search.native import compile_mode
 
 #: Sizes that code is generated for. All others run the same code: speed and the order of sums
 #: must not depend on which layer came first.

@@ -1,69 +1,32 @@
-"""The quantizers' passes in C++ (`kernels.cpp`): one pass over memory each, for CPU tensors.
-
-The library is built with the machine's C++ compiler when it is first needed, which takes about two
-seconds, and kept on disk (`$XDG_CACHE_HOME/adq_search`, by default `~/.cache/adq_search`) for every
-later process. Where there is no compiler, the tensor operations of the same arithmetic are used.
-"""
+"""The quantizers' passes in C++ (`kernels.cpp`): one pass over memory each, for CPU tensors."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
-import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adq_search.errors import AdqSearchWarning, QuantizerError
-from adq_search.quantizers._modes import compile_mode
+from adq_search.native import NativeLibrary, laid_out_as
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-#: Contraction of products and sums would change last bits.
-FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    # Compilers take half of the registers' width otherwise.
-    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+#: The quantizers' arithmetic, for other passes too.
+BLOCKS = Path(__file__).with_name("blocks.hpp")
+#: Arguments of each function; see `kernels.cpp`.
+LIBRARY = NativeLibrary(
+    Path(__file__).with_name("kernels.cpp"),
+    headers=[BLOCKS],
+    signatures={
+        "uniform": "lpplfpplplll",
+        "uniform_backward": "lppplfpplfpplll",
+        "clipped": "lpplfplplll",
+        "clipped_backward": "lppplfplfpplll",
+        "codebook": "lpplppll",
+        "thresholds": "lppplppppll",
+        "thresholds_again": "lpppppll",
+        "thresholds_backward": "lpppppplpppll",
+    },
 )
-#: Arguments of each function: p pointer, l long, f float; see `kernels.cpp`.
-_SIGNATURES = {
-    "uniform": "lpplfpplplll",
-    "uniform_backward": "lppplfpplfpplll",
-    "clipped": "lpplfplplll",
-    "clipped_backward": "lppplfplfpplll",
-    "codebook": "lpplppll",
-    "thresholds": "lppplppppll",
-    "thresholds_again": "lpppppll",
-    "thresholds_backward": "lpppppplpppll",
-}
-_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
-
-
-def takes(values: Tensor, *parameters: Tensor) -> bool:
-    """Return whether the C++ passes work on these tensors, here and now.
-
-    Args:
-        values: Of any shape, in rows that lie one after the other in memory.
-        parameters: Steps, tables and ranges.
-    """
-    return (
-        values.device.type == "cpu"
-        # Tensors of other classes (fake, batched, distributed) have no memory to point at.
-        and type(values) in (Tensor, nn.Parameter)
-        and values.dtype in (torch.float32, torch.bfloat16)
-        and all(_is_plain(parameter) for parameter in parameters)
-        and values.numel() > 0
-        and _layout(values) is not None
-        and compile_mode() in ("auto", "native")
-        and not torch.compiler.is_compiling()
-        and _library() is not None
-    )
+takes = LIBRARY.takes
 
 
 def uniform(values: Tensor, raw: Tensor, smallest: float, qmin: Tensor, qmax: Tensor) -> Tensor:
@@ -77,7 +40,7 @@ def uniform(values: Tensor, raw: Tensor, smallest: float, qmin: Tensor, qmax: Te
         qmax: Largest code, likewise.
     """
     out = torch.empty_like(values)
-    _call(
+    LIBRARY.call(
         "uniform",
         *(values, raw, raw.numel() > 1, smallest, qmin, qmax, qmin.numel() > 1),
         *(out, *_sizes(values, raw)),
@@ -96,9 +59,9 @@ def uniform_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients to `values` and to `raw`, the latter times `scale`."""
     grad_values, sums = torch.empty_like(values), raw.new_empty(_rows(values, raw))
-    _call(
+    LIBRARY.call(
         "uniform_backward",
-        *(values, _laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
+        *(values, laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
         *(qmin, qmax, qmin.numel() > 1, scale if raw.numel() > 1 else 1.0),
         *(grad_values, sums, *_sizes(values, raw)),
     )
@@ -115,7 +78,7 @@ def clipped(values: Tensor, raw: Tensor, smallest: float, unit_levels: Tensor) -
         unit_levels: Sorted, # shape: (levels,)
     """
     out = torch.empty_like(values)
-    _call(
+    LIBRARY.call(
         "clipped",
         *(values, raw, raw.numel() > 1, smallest, unit_levels, unit_levels.numel()),
         *(out, *_sizes(values, raw)),
@@ -133,9 +96,9 @@ def clipped_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients to `values` and to `raw`, the latter times `scale`."""
     grad_values, sums = torch.empty_like(values), raw.new_empty(_rows(values, raw))
-    _call(
+    LIBRARY.call(
         "clipped_backward",
-        *(values, _laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
+        *(values, laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
         *(unit_levels, unit_levels.numel(), scale if raw.numel() > 1 else 1.0),
         *(grad_values, sums, *_sizes(values, raw)),
     )
@@ -153,7 +116,7 @@ def codebook(weights: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Levels; sums of weights less their level and numbers of weights, both # shape: (levels,)
     """
     out, sums = torch.empty_like(weights), levels.new_empty(2, levels.numel())
-    _call(
+    LIBRARY.call(
         "codebook",
         *(weights, levels, levels.numel(), out, sums, weights.numel(), _threads()),
     )
@@ -173,7 +136,7 @@ def thresholds(
         qmin: Code of the lowest level, # shape: ()
     """
     out, index = torch.empty_like(values), torch.empty_like(values, dtype=torch.uint8)
-    _call(
+    LIBRARY.call(
         "thresholds",
         *(values, in_scale, cuts, cuts.numel(), step, qmin, out, index, values.numel(), _threads()),
     )
@@ -183,7 +146,7 @@ def thresholds(
 def thresholds_again(values: Tensor, index: Tensor, step: Tensor, qmin: Tensor) -> Tensor:
     """Return the output of `thresholds` once more, from its index."""
     out = torch.empty_like(values)
-    _call("thresholds_again", values, index, step, qmin, out, values.numel(), _threads())
+    LIBRARY.call("thresholds_again", values, index, step, qmin, out, values.numel(), _threads())
     return out
 
 
@@ -213,22 +176,12 @@ def thresholds_backward(
     """
     n = knots.numel()
     grad_values, sums = torch.empty_like(values), knots.new_empty(2 * n + 1)
-    _call(
+    LIBRARY.call(
         "thresholds_backward",
-        *(values, _laid_out_as(upstream, values), index, in_scale, knots, slopes, n, qmin),
+        *(values, laid_out_as(upstream, values), index, in_scale, knots, slopes, n, qmin),
         *(grad_values, sums, values.numel(), _threads()),
     )
     return grad_values, sums[:n], sums[n:-1], sums[-1]
-
-
-def _call(name: str, values: Tensor, *arguments: Tensor | float) -> None:
-    function = getattr(_library(), name)
-    half = values.dtype == torch.bfloat16
-    function(half, values.data_ptr(), *[_plain(argument) for argument in arguments])
-
-
-def _plain(argument: Tensor | float) -> float:
-    return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
 def _rows(values: Tensor, raw: Tensor) -> int:
@@ -250,72 +203,3 @@ def _to_parameter(sums: Tensor, raw: Tensor, scale: float) -> Tensor:
 
 def _threads() -> int:
     return torch.get_num_threads()
-
-
-def _layout(tensor: Tensor) -> torch.memory_format | None:
-    """Return a format in which the tensor lies in memory without gaps, first dimension first."""
-    if tensor.is_contiguous():
-        return torch.contiguous_format
-    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return None
-
-
-def _is_plain(parameter: Tensor) -> bool:
-    is_here = parameter.device.type == "cpu" and parameter.is_contiguous()
-    return is_here and parameter.dtype == torch.float32
-
-
-def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    if tensor.dtype == like.dtype and tensor.stride() == like.stride():
-        return tensor
-    return tensor.to(like.dtype).contiguous(memory_format=_layout(like) or torch.contiguous_format)
-
-
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    """Load the library, built where that is needed; None, after a warning, where that fails.
-
-    Raises:
-        QuantizerError: It fails, and `ADQ_SEARCH_COMPILE=native` asks for it.
-    """
-    try:
-        library = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = str(getattr(error, "stderr", "") or error).strip().splitlines()[:1]
-        msg = (
-            f"The quantizers' C++ passes cannot be built ({type(error).__name__}: {detail}), so "
-            "quantized training is slower. Install a C++ compiler with OpenMP (or name one in "
-            "CXX), or set ADQ_SEARCH_COMPILE=off to hide this."
-        )
-        if compile_mode() == "native":
-            raise QuantizerError(msg) from error
-        warnings.warn(msg, AdqSearchWarning, stacklevel=2)
-        return None
-    for name, signature in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes = [_TYPES[letter] for letter in signature]
-        function.restype = None
-    return library
-
-
-def _built() -> Path:
-    """Return the library of this source, compiler and processor; build it where there is none."""
-    compiler = os.environ.get("CXX", "c++")
-    asked = [compiler, *FLAGS]
-    # The macros tell the compiler's version and what -march=native stands for on this machine.
-    macros = subprocess.run(
-        [*asked, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
-    )
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *asked, macros.stdout]).encode())
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    built = Path(home) / "adq_search" / f"kernels-{key.hexdigest()[:16]}.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            draft = Path(folder) / built.name
-            subprocess.run(
-                [*asked, "-o", str(draft), str(SOURCE)], capture_output=True, text=True, check=True
-            )
-            draft.replace(built)
-    return built

@@ -55,7 +55,7 @@ def thresholds_through(
 def threshold_index(values: Tensor, start: Tensor, widths: Tensor, in_scale: Tensor) -> Tensor:
     """Return how many thresholds lie below each scaled value; int32, same shape."""
     scaled = values.to(computing_dtype(values, widths)) * in_scale
-    return count_below(scaled, _thresholds(_knots(start, widths), widths))
+    return count_below(scaled, thresholds_of(knots_of(start, widths), widths))
 
 
 class _Thresholds(Function):
@@ -65,8 +65,8 @@ class _Thresholds(Function):
     def forward(
         ctx: Any, x: Tensor, s: Tensor, a: Tensor, beta_1: Tensor, beta_2: Tensor, n: Tensor
     ) -> Tensor:
-        thresholds = _thresholds(_knots(s, a), a).to(computing_dtype(x, a))
-        step = _output_step(a, beta_2)
+        thresholds = thresholds_of(knots_of(s, a), a).to(computing_dtype(x, a))
+        step = output_step(a, beta_2)
         ctx.is_native = _native.takes(x, thresholds, beta_1, step, n)
         ctx.again = _levels_again
         if ctx.is_native:
@@ -85,10 +85,8 @@ class _Thresholds(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, s, a, beta_1, beta_2, n, index = ctx.saved_tensors
-        m, d = a.numel(), 2 / a.numel()
         dtype = computing_dtype(x, a)
-        knots = _knots(s, a)
-        slope = beta_2 * d / a
+        knots, slope = knots_of(s, a), output_step(a, beta_2) / a
         if ctx.is_native:
             slopes = F.pad(slope * beta_1, (0, 1))
             grad_x, r_interval, r_distance, r_code = _native.thresholds_backward(
@@ -107,20 +105,37 @@ class _Thresholds(Function):
                 compiled=compiles(x),
             )
             grad_x = from_rows(rows, x, order)
-        # Sums over the elements of intervals 1..M of R, and of R times the distance from the left.
-        r_interval, r_distance = r_interval[:m], r_distance[:m]
-        # Every interval pushes those after it: dg/ds = -D/a_i, and the same for a_j with j < i.
-        push = slope * r_interval
-        grad_s = -push.sum()
-        grad_a = push.cumsum(0) + grad_s - slope * r_distance / a
-        grad_beta_1 = (slope * (r_distance + knots[:-1] * r_interval)).sum() / beta_1
-        trained = (grad_s, grad_a, grad_beta_1, d * r_code)
-        return grad_x, *(gradient.to(a.dtype) for gradient in trained), None
+        trained = interval_gradients((r_interval, r_distance, r_code), knots, a, beta_1, slope)
+        return grad_x, *trained, None
+
+
+def interval_gradients(
+    sums: tuple[Tensor, Tensor, Tensor], knots: Tensor, a: Tensor, beta_1: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients to s, a, beta_1 and beta_2.
+
+    Args:
+        sums: Over the values of each interval 1..M, of R, and of R times the distance from its
+            left end, # shape: (M or more,); the sum of R times codes.
+        knots: S_0 .. S_M, # shape: (M + 1,)
+        a: Interval widths, # shape: (M,)
+        beta_1: # shape: ()
+        slope: beta_2 D / a_i, # shape: (M,)
+    """
+    m = a.numel()
+    r_interval, r_distance, r_code = sums[0][:m], sums[1][:m], sums[2]
+    # Every interval pushes those after it: dg/ds = -D/a_i, and the same for a_j with j < i.
+    push = slope * r_interval
+    grad_s = -push.sum()
+    grad_a = push.cumsum(0) + grad_s - slope * r_distance / a
+    grad_beta_1 = (slope * (r_distance + knots[:-1] * r_interval)).sum() / beta_1
+    found = (grad_s, grad_a, grad_beta_1, r_code * (2 / m))
+    return tuple(gradient.to(a.dtype) for gradient in found)  # type: ignore[return-value]
 
 
 def _levels_again(ctx: Any) -> Tensor:
     x, _, a, _, beta_2, n, index = ctx.saved_tensors
-    step = _output_step(a, beta_2)
+    step = output_step(a, beta_2)
     if ctx.is_native:
         return _native.thresholds_again(x, index, step, n)
     order = row_order(x)
@@ -166,22 +181,22 @@ def _gradients(
     return grad_x.to(x.dtype), r_interval, r_distance, r_code
 
 
-def _output_step(a: Tensor, beta_2: Tensor) -> Tensor:
-    """The distance beta_2 D of two output levels, # shape: ()."""
+def output_step(a: Tensor, beta_2: Tensor) -> Tensor:
+    """Return the distance beta_2 D of two output levels, # shape: ()."""
     return beta_2 * (2 / a.numel())
 
 
 def equidistant_levels(a: Tensor, beta_2: Tensor, n: Tensor) -> Tensor:
     """Return N2UQ's output levels beta_2 D (i + n), i = 0..M, # shape: (M + 1,)."""
     codes = torch.arange(a.numel() + 1, dtype=a.dtype, device=a.device) + n
-    return codes * _output_step(a, beta_2)
+    return codes * output_step(a, beta_2)
 
 
-def _knots(s: Tensor, a: Tensor) -> Tensor:
-    """S_0 = s, S_i = s + a_1 + ... + a_i, # shape: (M + 1,)."""
+def knots_of(s: Tensor, a: Tensor) -> Tensor:
+    """Return S_0 = s, S_i = s + a_1 + ... + a_i, # shape: (M + 1,)."""
     return s + torch.cat([a.new_zeros(1), a.cumsum(0)])
 
 
-def _thresholds(knots: Tensor, a: Tensor) -> Tensor:
-    """T_i = S_(i-1) + a_i / 2, # shape: (M,)."""
+def thresholds_of(knots: Tensor, a: Tensor) -> Tensor:
+    """Return T_i = S_(i-1) + a_i / 2, # shape: (M,)."""
     return knots[:-1] + a / 2

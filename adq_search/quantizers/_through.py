@@ -112,7 +112,7 @@ class _PositiveStep(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         raw, gradient_scale = ctx.saved_tensors
-        return _signed(raw, gradients[0]) * gradient_scale, None
+        return signed(raw, gradients[0]) * gradient_scale, None
 
 
 class _Uniform(Function):
@@ -169,7 +169,7 @@ def uniform_gradients(
         rows = to_rows(v, order)
         grad_v, sums = _uniform_gradients(rows, to_rows(upstream, order), column(s, rows), n, p)
         grad_v, grad_s = from_rows(grad_v, v, order), from_column(sums, s)
-    return grad_v, grad_s if scale is None else _signed(raw, grad_s) * scale
+    return grad_v, grad_s if scale is None else signed(raw, grad_s) * scale
 
 
 def _used(raw: Tensor, smallest: float) -> Tensor:
@@ -177,8 +177,8 @@ def _used(raw: Tensor, smallest: float) -> Tensor:
     return raw.abs().clamp(min=smallest) if smallest else raw
 
 
-def _signed(raw: Tensor, gradient: Tensor) -> Tensor:
-    """Gradient to `raw` of max(|raw|, smallest); it passes below `smallest` too."""
+def signed(raw: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient to `raw` of max(|raw|, smallest); it passes below `smallest` too."""
     return torch.where(raw < 0, -gradient, gradient)
 
 
@@ -262,7 +262,7 @@ class _Clipped(Function):
                 rows, upstream, column(alpha, rows), *tables, compiled=compiles(v)
             )
             grad_v, grad_alpha = from_rows(grad_v, v, order), from_column(sums, alpha)
-        return grad_v, _signed(raw, grad_alpha) * ctx.gradient_scale, None, None
+        return grad_v, signed(raw, grad_alpha) * ctx.gradient_scale, None, None
 
 
 def _as_it_lies(v: Tensor) -> bool:

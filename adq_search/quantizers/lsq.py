@@ -110,8 +110,12 @@ class LsqInput(InputQuantizer):
         self.step.copy_(initial_step(values.reshape(1, -1), self.qmax)[0])
 
     def _quantize(self, values: Tensor) -> Tensor:
-        n = n_features(values, self._sample_shape(values))
+        n = self.n_features(values)
         return uniform_through(values, self.step, self.qmin, self.qmax, n_features=n)
+
+    def n_features(self, values: Tensor) -> int:
+        """Return N of the step's gradient scale: the features of one sample."""
+        return n_features(values, self._sample_shape(values))
 
     def _codes(self, values: Tensor) -> Tensor:
         return uniform_integers(values, self._positive(), self.qmin, self.qmax).long()

@@ -71,16 +71,15 @@ class N2uqInput(InputQuantizer):
         self.start.copy_(self.qmin * d)
 
     def _quantize(self, values: Tensor) -> Tensor:
-        return thresholds_through(
-            values,
-            self.start,
-            self.widths.clamp(min=MIN_WIDTH),
-            (
-                positive_step(self.in_scale, self.unscaled),
-                positive_step(self.out_scale, self.unscaled),
-            ),
-            self.qmin,
+        return thresholds_through(values, *self.used(), self.qmin)
+
+    def used(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Return start, widths, and beta_1 with beta_2, as they are used."""
+        scales = (
+            positive_step(self.in_scale, self.unscaled),
+            positive_step(self.out_scale, self.unscaled),
         )
+        return self.start, self.widths.clamp(min=MIN_WIDTH), scales
 
     def _codes(self, values: Tensor) -> Tensor:
         in_scale = self.in_scale.abs().clamp(min=EPS)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adq_search.convert import apply_policy_
+from adq_search.norms import fused_norms
 from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.tasks.networks import resnet20
 from adq_search.tracing import parametric_layers
@@ -164,6 +165,9 @@ class Contestant:
         else:
             self.model = ours(network, SCHEMES[base][0])
         self.model.train()
+        if base in SCHEMES or detail == "norms":
+            self.norms = fused_norms(self.model)  # as `adq_search.training.fit` does
+            self.norms.__enter__()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.call = torch.compile(self.model) if detail == "compiled" else self.model
         self.inputs, self.targets = batch_of(network)
@@ -179,7 +183,7 @@ class Contestant:
 
 def variants(*, with_compiled, with_eager):
     """Names of all contestants: a base, and after a comma how it is run."""
-    names = ["float", "float, bf16", "floor", "aten"]
+    names = ["float", "float, norms", "float, bf16", "floor", "aten"]
     names += ["float, compiled", "lsq, compiled"] if with_compiled else []
     names += ["brevitas"] if brevitas_nn is not None else []
     for scheme in SCHEMES:

@@ -1,0 +1,23 @@
+"""Batch norms that clip and quantize in the same passes over memory, for training on CPUs.
+
+In quantized training a step spends as long in batch norms and ReLUs as in quantizers: torch passes
+over memory thirteen times for a norm and its ReLU, forward and backward, and the C++ here does so
+eight times, with an LSQ quantizer behind them included.
+
+- `_readers`: what reads a norm's output, in a trace of the network.
+- `_modules`: the classes that norms, ReLUs and layers have for the time of a block.
+- `_passes`: forward values and gradients; `norms.cpp` does the work.
+"""
+
+from adq_search.norms._modules import FusedNorm, fused_norms
+from adq_search.norms._readers import EVERYTHING, RANGES, Range, Reader, norm_readers
+
+__all__ = [
+    "EVERYTHING",
+    "RANGES",
+    "FusedNorm",
+    "Range",
+    "Reader",
+    "fused_norms",
+    "norm_readers",
+]

@@ -1,0 +1,124 @@
+"""Norms, clippings and quantized layers that share their passes over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from adq_search.layers import mark_quantized
+from adq_search.norms import _passes
+from adq_search.norms._readers import EVERYTHING, RANGES, Range, Reader, norm_readers
+from adq_search.quantizers import LsqInput, N2uqInput
+
+
+@contextmanager
+def fused_norms(network: nn.Module) -> Iterator[None]:
+    """Have batch norms run in C++ in the block, with the ReLU and the quantizer behind them.
+
+    A norm clips what it returns where nothing but one kind of clipping module reads it; that
+    module, finding its input clipped, returns it as it is. Likewise a norm quantizes what only one
+    layer reads behind them, if that layer's inputs are quantized by LSQ or N2UQ. What reads what is taken
+    from a trace of the network, and must hold for every step.
+
+    The classes of the modules are exchanged for the time of the block, as layers are quantized:
+    parameters, buffers and hooks stay the same objects. Without a C++ compiler, on GPUs, in
+    evaluation and for other layouts than channels last all do what torch does; values and
+    gradients are torch's within rounding.
+
+    Args:
+        network: In training mode.
+    """
+    readers = norm_readers(network)
+    exchanged: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for module in network.modules():
+            kind = type(module)
+            if kind is nn.BatchNorm2d:
+                module.__dict__["reader"] = readers.get(module, Reader())
+                module.__class__ = FusedNorm
+            elif kind in RANGES:
+                module.__class__ = ONCE[kind]
+            else:
+                continue
+            exchanged.append((module, kind))
+        yield
+    finally:
+        for module, kind in exchanged:
+            module.__class__ = kind
+            module.__dict__.pop("reader", None)
+
+
+class FusedNorm(nn.BatchNorm2d):
+    """A batch norm that also does what its reader would.
+
+    Attributes:
+        reader: What comes behind it.
+    """
+
+    reader: Reader
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize, clip and quantize. # shape: (N, C, height, width)."""
+        running_mean, running_variance = self.running_mean, self.running_var
+        if (
+            not self.training
+            or running_mean is None
+            or running_variance is None
+            or not self.affine
+            or not _takes(input, running_mean, running_variance, self.weight, self.bias)
+        ):
+            return super().forward(input)
+        passes, quantizer = self.reader.passes, self.reader.quantizer
+        norm = _passes.Norm(running_mean, running_variance, self._follow(), self.eps, passes)
+        arguments = (input, self.weight, self.bias, norm)
+        if isinstance(quantizer, LsqInput) and quantizer.is_initialized:
+            out = _passes.uniform(*arguments, quantizer)
+            mark_quantized(out, quantizer)
+        elif isinstance(quantizer, N2uqInput) and quantizer.is_initialized:
+            out = _passes.thresholds(*arguments, quantizer)
+            mark_quantized(out, quantizer)
+        else:
+            out = _passes.clipped(*arguments)
+        if passes != EVERYTHING:
+            out.clipped_to = passes  # type: ignore[attr-defined]
+        return out
+
+    def _follow(self) -> float:
+        """Count the batch; return its share in the running statistics, as torch does."""
+        share = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            share = 1.0 / float(self.num_batches_tracked) if share is None else share
+        return share or 0.0
+
+
+class _ReluOnce(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return input if _is_clipped(input, nn.ReLU) else super().forward(input)
+
+
+class _Relu6Once(nn.ReLU6):
+    def forward(self, input: Tensor) -> Tensor:
+        return input if _is_clipped(input, nn.ReLU6) else super().forward(input)
+
+
+#: By clipping module, one that leaves alone what is clipped.
+ONCE: Mapping[type[nn.Module], type[nn.Module]] = {nn.ReLU: _ReluOnce, nn.ReLU6: _Relu6Once}
+
+
+def _takes(values: Tensor, *parameters: Tensor) -> bool:
+    return (
+        values.ndim == 4
+        and values.is_contiguous(memory_format=torch.channels_last)
+        # torch refuses a single value a channel, and says why.
+        and values.numel() > values.shape[1]
+        and _passes.LIBRARY.takes(values, *parameters)
+    )
+
+
+def _is_clipped(values: Tensor, kind: type[nn.Module]) -> bool:
+    clipped_to: Range | None = getattr(values, "clipped_to", None)
+    return clipped_to == RANGES[kind]

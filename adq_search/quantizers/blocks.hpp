@@ -1,0 +1,321 @@
+// The quantizers' arithmetic on blocks of values, forward and backward.
+//
+// It is that of the tensor operations in `_through.py`, `_thresholds.py` and `_nearest.py`, operation
+// by operation, so that outputs are equal to the last bit (build without contraction of products and
+// sums).
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "native.hpp"
+
+namespace {
+
+constexpr long BLOCK = 4096;
+// Tables that neighbouring values are added to in turn, so that no sum waits for the one before.
+constexpr long N_TABLES = 8;
+// Vectors of the compiler's own arithmetic: 16 values, in whatever registers the processor has.
+constexpr long LANES = 16;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
+// Values that are compared with all cuts at once.
+constexpr long STRIP = 4 * LANES;
+// Up to this many intervals, comparing with each is faster than adding value by value.
+constexpr long FEW_INTERVALS = 32;
+
+template <class T>
+inline floats lanes(const T* from) {
+    floats values;
+    for (long j = 0; j < LANES; ++j) values[j] = load(from, j);
+    return values;
+}
+
+template <class T>
+inline void put(T* to, floats values) {
+    for (long j = 0; j < LANES; ++j) store(to, j, values[j]);
+}
+
+// Halves are added to each other: no addition waits for fifteen others.
+inline float sum_of(floats values) {
+    for (long width = LANES / 2; width > 0; width /= 2)
+        for (long j = 0; j < width; ++j) values[j] += values[j + width];
+    return values[0];
+}
+
+// The step in use: `positive_step` of `_through.py`.
+inline float positive(float raw, float smallest) {
+    const float magnitude = std::fabs(raw);
+    return magnitude < smallest ? smallest : magnitude;
+}
+
+inline float clip(float z, float low, float high) {
+    z = z < low ? low : z;
+    return z > high ? high : z;
+}
+
+// ---- LSQ and ASQ: [Esser2020] Eqs. 1-3 and 5, [Zhou2025] Eqs. 5-7 ----
+
+template <class T>
+void uniform_block(const T* __restrict v, float s, float n, float p, T* __restrict out, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i)
+        store(out, i, std::nearbyint(clip(load(v, i) / s, n, p)) * s);
+}
+
+// Returns the block's part of the gradient to the step. Divisions would take as long as memory does:
+// a product is exact enough here, where no code depends on the last bit.
+template <class T>
+float uniform_slopes(const T* __restrict v, const T* __restrict upstream, float s, float n, float p,
+                     T* __restrict grad_v, long size) {
+    const float low = n * s, high = p * s, per_step = 1.0f / s;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < size; ++i) {
+        const float r = load(upstream, i), value = load(v, i);
+        const float z = clip(value * per_step, n, p);
+        const float inside = (value > low) & (value < high) ? 1.0f : 0.0f;
+        store(grad_v, i, r * inside);
+        sum += (std::nearbyint(z) - inside * z) * r;
+    }
+    return sum;
+}
+
+// ---- Sorted levels and cuts ----
+
+// How many cuts lie below each of STRIP values, which stay in registers; none for NaN.
+inline void rank_strip(const floats* z, const std::vector<float>& cuts, ints* below) {
+    for (long j = 0; j < STRIP / LANES; ++j) below[j] = ints{};
+    for (const float cut : cuts)
+        for (long j = 0; j < STRIP / LANES; ++j) below[j] -= z[j] > cut;
+}
+
+// The same for a buffer that holds whole strips.
+void rank(const float* z, const std::vector<float>& cuts, int32_t* below, long size) {
+    for (long begin = 0; begin < size; begin += STRIP) {
+        floats value[STRIP / LANES];
+        ints count[STRIP / LANES];
+        std::memcpy(value, z + begin, sizeof value);
+        rank_strip(value, cuts, count);
+        std::memcpy(below + begin, count, sizeof count);
+    }
+}
+
+// Tables of sums by interval; neighbouring values go to different ones.
+class Tables {
+  public:
+    explicit Tables(long n) : n_(n), sums_(N_TABLES * n, 0.0f) {}
+    void add(long i, long k, float value) { sums_[(i % N_TABLES) * n_ + k] += value; }
+    void total(float* to) const {
+        for (long k = 0; k < n_; ++k) {
+            float sum = 0.0f;
+            for (long t = 0; t < N_TABLES; ++t) sum += sums_[t * n_ + k];
+            to[k] = sum;
+        }
+    }
+
+  private:
+    long n_;
+    std::vector<float> sums_;
+};
+
+// Sums of two figures over the values of each interval 1..n; `sums` # shape: (2, n). Buffers hold
+// whole strips, with interval 0 beyond `size`.
+void sums_by_interval(const float* first, const float* second, const int32_t* interval, long n,
+                      float* sums, long size) {
+    if (n <= FEW_INTERVALS) {
+        for (int32_t k = 0; k < n; ++k) {
+            // Four sums at a time: none waits for the one before.
+            floats total[2][STRIP / LANES] = {};
+            for (long i = 0; i < size; i += STRIP) {
+                for (long j = 0; j < STRIP / LANES; ++j) {
+                    floats one, two;
+                    ints own;
+                    std::memcpy(&one, first + i + j * LANES, sizeof one);
+                    std::memcpy(&two, second + i + j * LANES, sizeof two);
+                    std::memcpy(&own, interval + i + j * LANES, sizeof own);
+                    total[0][j] += own == k + 1 ? one : floats{};
+                    total[1][j] += own == k + 1 ? two : floats{};
+                }
+            }
+            sums[k] = sum_of((total[0][0] + total[0][1]) + (total[0][2] + total[0][3]));
+            sums[n + k] = sum_of((total[1][0] + total[1][1]) + (total[1][2] + total[1][3]));
+        }
+        return;
+    }
+    Tables tables(2 * n);
+    for (long i = 0; i < size; ++i) {
+        if (interval[i] == 0) continue;
+        tables.add(i, interval[i] - 1, first[i]);
+        tables.add(i, n + interval[i] - 1, second[i]);
+    }
+    tables.total(sums);
+}
+
+// Midpoints between sorted levels.
+std::vector<float> between(const float* levels, long n_levels) {
+    std::vector<float> cuts(n_levels - 1);
+    for (long k = 0; k + 1 < n_levels; ++k) cuts[k] = (levels[k + 1] + levels[k]) / 2;
+    return cuts;
+}
+
+// Sum tables of blocks: # shape: (blocks, n) to (n,).
+void total_of(const std::vector<float>& parts, long n, float* sums) {
+    for (long k = 0; k < n; ++k) {
+        double sum = 0.0;
+        for (size_t i = k; i < parts.size(); i += n) sum += parts[i];
+        sums[k] = static_cast<float>(sum);
+    }
+}
+
+// ---- POT, POST and root-r: [Zhou2025] Eqs. 3 and 17 ----
+
+// Values in units of alpha, the nearest level of each and its index; NaN stays.
+template <class T>
+void nearest_block(const T* __restrict v, float alpha, const float* levels,
+                   const std::vector<float>& cuts, float* __restrict z, float* __restrict q,
+                   int32_t* __restrict index, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i) z[i] = load(v, i) / alpha;
+    rank(z, cuts, index, size);
+    for (long i = 0; i < size; ++i) q[i] = z[i] == z[i] ? levels[index[i]] : z[i];
+}
+
+template <class T>
+void scaled_block(const float* __restrict q, float alpha, T* __restrict out, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i) store(out, i, q[i] * alpha);
+}
+
+template <class T>
+float clipped_slopes(const float* __restrict z, const float* __restrict q,
+                     const T* __restrict upstream, T* __restrict grad_v, long size) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < size; ++i) {
+        const float r = load(upstream, i);
+        const bool outside = std::fabs(z[i]) > 1.0f;
+        store(grad_v, i, outside ? 0.0f : r);
+        sum += (q[i] - (outside ? 0.0f : z[i])) * r;
+    }
+    return sum;
+}
+
+// ---- N2UQ: [Liu2022] Eqs. 8-10 ----
+
+// Levels and indices of STRIP values.
+template <class T>
+void thresholds_strip(const T* __restrict x, float beta, const std::vector<float>& cuts, float d,
+                      float n, T* __restrict out, uint8_t* __restrict index) {
+    floats z[STRIP / LANES];
+    ints below[STRIP / LANES];
+    for (long j = 0; j < STRIP / LANES; ++j) z[j] = lanes(x + j * LANES) * beta;
+    rank_strip(z, cuts, below);
+    for (long j = 0; j < STRIP / LANES; ++j) {
+        const floats level = (__builtin_convertvector(below[j], floats) + n) * d;
+        put(out + j * LANES, z[j] == z[j] ? level : z[j]);
+        const bytes narrow = __builtin_convertvector(below[j], bytes);
+        std::memcpy(index + j * LANES, &narrow, sizeof narrow);
+    }
+}
+
+template <class T>
+void thresholds_block(const T* x, float beta, const std::vector<float>& cuts, float d, float n,
+                      T* out, uint8_t* index, long size) {
+    long i = 0;
+    for (; i + STRIP <= size; i += STRIP)
+        thresholds_strip(x + i, beta, cuts, d, n, out + i, index + i);
+    if (i == size) return;
+    T last[STRIP] = {}, levels[STRIP];
+    uint8_t indices[STRIP];
+    std::memcpy(last, x + i, (size - i) * sizeof(T));
+    thresholds_strip(last, beta, cuts, d, n, levels, indices);
+    std::memcpy(out + i, levels, (size - i) * sizeof(T));
+    std::memcpy(index + i, indices, size - i);
+}
+
+template <class T>
+void equidistant_block(const T* __restrict x, const uint8_t* __restrict index, float d, float n,
+                       T* __restrict out, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i) {
+        const float value = load(x, i), level = (static_cast<float>(index[i]) + n) * d;
+        store(out, i, value == value ? level : value);
+    }
+}
+
+// A table of figures by interval, looked up for many values at once.
+class Lookup {
+  public:
+    Lookup(const float* table, long n) : table_(table), is_few_(n <= LANES) {
+        if (is_few_) std::memcpy(&few_, table, n * sizeof(float));
+    }
+    floats at(ints index) const {
+        if (is_few_) return __builtin_shuffle(few_, index);
+        floats found;
+        for (long i = 0; i < LANES; ++i) found[i] = table_[index[i]];
+        return found;
+    }
+
+  private:
+    const float* table_;
+    bool is_few_;
+    floats few_ = {};
+};
+
+// What the backward pass knows of the intervals.
+struct Intervals {
+    Lookup knots, slopes;
+    int32_t last;
+    float beta, n;
+};
+
+// Gradients to LANES values; their upstream gradients, those times the distance from the left end of
+// the interval, and the interval (0 below the first knot). Returns upstream gradients times codes.
+template <class T>
+inline floats interval_lanes(const Intervals& known, const T* x, const T* upstream,
+                             const uint8_t* index, T* grad_x, float* r, float* moment,
+                             int32_t* interval) {
+    bytes narrow;
+    std::memcpy(&narrow, index, sizeof narrow);
+    const ints above = __builtin_convertvector(narrow, ints);
+    // Threshold i lies within interval i: `index` knots lie below, or one more.
+    const ints at_least = above < known.last ? above : known.last + ints{};
+    const floats z = lanes(x) * known.beta, gradient = lanes(upstream);
+    const ints below = at_least - (z > known.knots.at(at_least));
+    const ints own = below + (below > 0);
+    const floats reach = gradient * (z - known.knots.at(own));
+    put(grad_x, gradient * (below > 0 ? known.slopes.at(own) : floats{}));
+    std::memcpy(r, &gradient, sizeof gradient);
+    std::memcpy(moment, &reach, sizeof reach);
+    std::memcpy(interval, &below, sizeof below);
+    return gradient * (__builtin_convertvector(above, floats) + known.n);
+}
+
+template <class T>
+float interval_slopes(const Intervals& known, const T* x, const T* upstream, const uint8_t* index,
+                      T* grad_x, float* r, float* moment, int32_t* interval, long size) {
+    floats codes = {};
+    long i = 0;
+    for (; i + LANES <= size; i += LANES)
+        codes += interval_lanes(known, x + i, upstream + i, index + i, grad_x + i, r + i, moment + i,
+                                interval + i);
+    if (i < size) {
+        T last_x[LANES] = {}, last_upstream[LANES] = {}, last_grad[LANES];
+        uint8_t last_index[LANES] = {};
+        std::memcpy(last_x, x + i, (size - i) * sizeof(T));
+        std::memcpy(last_upstream, upstream + i, (size - i) * sizeof(T));
+        std::memcpy(last_index, index + i, size - i);
+        codes += interval_lanes(known, last_x, last_upstream, last_index, last_grad, r + i,
+                                moment + i, interval + i);
+        std::memcpy(grad_x + i, last_grad, (size - i) * sizeof(T));
+    }
+    for (i = size; i % STRIP != 0; ++i) interval[i] = 0;
+    return sum_of(codes);
+}
+
+}  // namespace
