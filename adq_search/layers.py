@@ -110,7 +110,7 @@ def to_float_(layer: QuantLayer) -> None:
     layer.__class__ = FLOAT_CLASSES[type(layer)]  # type: ignore[assignment]
 
 
-def mark_quantized(values: Tensor, quantizer: InputQuantizer) -> None:
+def mark_quantized(values: Tensor, quantizer: InputQuantizer | None) -> None:
     """Say that values are what `quantizer` returned, so that its layer takes them as they are."""
     values.quantized_by = quantizer  # type: ignore[attr-defined]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from adq_search.errors import StorageError, did_you_mean
 from adq_search.quantizers import InputQuantizer, N2uqInput, WeightQuantizer
 from adq_search.quantizers._calibration import EPS
-from adq_search.quantizers.n2uq import MIN_WIDTH
+from adq_search.quantizers._thresholds import MIN_WIDTH
 
 Fields = dict[str, Any]
 Form = TypeVar("Form")

@@ -28,7 +28,7 @@ from adq_search.files import write_atomic
 from adq_search.integer import weight_words
 from adq_search.layers import QuantLayer
 from adq_search.quantizers import N2uqInput
-from adq_search.quantizers.n2uq import MIN_WIDTH
+from adq_search.quantizers._thresholds import MIN_WIDTH
 
 #: Returns the names of the codes, in floating point, and of the value of code 1.
 CodesOf = Callable[[Piece, QuantLayer, int, str], tuple[str, str]]

@@ -25,8 +25,8 @@ from adq_search.export.onnx_file import positive
 from adq_search.files import write_atomic
 from adq_search.layers import QuantLayer
 from adq_search.quantizers import AsqInput, N2uqInput
+from adq_search.quantizers._thresholds import MIN_WIDTH
 from adq_search.quantizers.asq import SMALLEST_FACTOR
-from adq_search.quantizers.n2uq import MIN_WIDTH
 
 QONNX_DOMAIN = "qonnx.custom_op.general"
 InputWriter = Callable[[Piece, QuantLayer, int, str], None]

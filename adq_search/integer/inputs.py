@@ -26,7 +26,7 @@ from adq_search.integer.steps import Requantize, Step
 from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput
 from adq_search.quantizers._calibration import EPS
 from adq_search.quantizers._nearest import count_below
-from adq_search.quantizers.n2uq import MIN_WIDTH
+from adq_search.quantizers._thresholds import MIN_WIDTH
 
 #: Inputs and factors may be this many times as large as in the example before they are cut off.
 MARGIN = 8.0

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from adq_search.layers import mark_quantized
 from adq_search.norms import _passes
 from adq_search.norms._readers import EVERYTHING, RANGES, Range, Reader, norm_readers
-from adq_search.quantizers import LsqInput, N2uqInput
 
 
 @contextmanager
@@ -20,8 +19,8 @@ def fused_norms(network: nn.Module) -> Iterator[None]:
 
     A norm clips what it returns where nothing but one kind of clipping module reads it; that
     module, finding its input clipped, returns it as it is. Likewise a norm quantizes what only one
-    layer reads behind them, if that layer's inputs are quantized by LSQ or N2UQ. What reads what is taken
-    from a trace of the network, and must hold for every step.
+    layer reads behind them. What reads what is taken from a trace of the network, and must hold for
+    every step.
 
     The classes of the modules are exchanged for the time of the block, as layers are quantized:
     parameters, buffers and hooks stay the same objects. Without a C++ compiler, on GPUs, in
@@ -73,15 +72,11 @@ class FusedNorm(nn.BatchNorm2d):
             return super().forward(input)
         passes, quantizer = self.reader.passes, self.reader.quantizer
         norm = _passes.Norm(running_mean, running_variance, self._follow(), self.eps, passes)
-        arguments = (input, self.weight, self.bias, norm)
-        if isinstance(quantizer, LsqInput) and quantizer.is_initialized:
-            out = _passes.uniform(*arguments, quantizer)
-            mark_quantized(out, quantizer)
-        elif isinstance(quantizer, N2uqInput) and quantizer.is_initialized:
-            out = _passes.thresholds(*arguments, quantizer)
-            mark_quantized(out, quantizer)
+        if not _passes.fuses(quantizer):
+            out = _passes.normalized(input, self.weight, self.bias, norm)
         else:
-            out = _passes.clipped(*arguments)
+            out = _passes.normalized(input, self.weight, self.bias, norm, quantizer)
+            mark_quantized(out, quantizer)
         if passes != EVERYTHING:
             out.clipped_to = passes  # type: ignore[attr-defined]
         return out

@@ -12,7 +12,9 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,14 @@ from torch.nn import functional as F
 
 from adq_search.native import NativeLibrary, laid_out_as
 from adq_search.norms._readers import Range
-from adq_search.quantizers import LsqInput, N2uqInput
+from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput
 from adq_search.quantizers._calibration import EPS
 from adq_search.quantizers._native import BLOCKS
 from adq_search.quantizers._thresholds import (
-    interval_gradients,
-    knots_of,
-    output_step,
-    thresholds_of,
+    Intervals,
+    used_intervals,
 )
-from adq_search.quantizers._through import lsq_gradient_scale, signed
+from adq_search.quantizers._through import lsq_gradient_factor
 
 # torch leaves Function.apply without annotations.
 # mypy: disable-error-code="no-untyped-call"
@@ -46,8 +46,12 @@ LIBRARY = NativeLibrary(
         "clipped": "lpppppffplll",
         "clipped_backward": "lppppppffppplll",
         "uniform": "lpppppffpfppplll",
-        "uniform_backward": "lppppppffpfpppppplll",
+        "uniform_backward": "lppppppffpfppfpppplll",
         "thresholds": "lpppppffpplpppplll",
+        "open_sums": "lpppppffpllll",
+        "uniform_by_sample": "lpppppffppppllll",
+        "sample_slopes": "lppppppffppppppllll",
+        "shared_slopes": "lpppppffppppppllll",
         "thresholds_backward": "lppppppffpppplppppplll",
     },
     headers=[BLOCKS],
@@ -80,21 +84,51 @@ class Norm:
         return mean, inverse
 
 
-def clipped(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm) -> Tensor:
-    """Normalize and clip. # shape: (N, C, height, width), channels last."""
-    return _Clipped.apply(x, weight, bias, norm)  # type: ignore[no-any-return]
+def fuses(quantizer: InputQuantizer | None) -> bool:
+    """Whether a quantizer behind a norm runs in the norm's passes."""
+    if isinstance(quantizer, AsqInput) and not (
+        quantizer.is_adaptive and quantizer.channel_dim == -3
+    ):
+        return False
+    return type(quantizer) in QUANTIZED and quantizer is not None and quantizer.is_initialized
 
 
-def uniform(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, quantizer: LsqInput) -> Tensor:
-    """Normalize, clip and quantize as LSQ does; shape as `clipped`."""
+def normalized(
+    x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, quantizer: InputQuantizer | None = None
+) -> Tensor:
+    """Normalize, clip, and quantize where that is asked for.
+
+    Args:
+        x: # shape: (N, C, height, width), channels last
+        weight: # shape: (C,)
+        bias: # shape: (C,)
+        norm: The rest of the norm.
+        quantizer: One that `fuses`.
+    """
+    if quantizer is None:
+        return _Clipped.apply(x, weight, bias, norm)  # type: ignore[no-any-return]
+    return QUANTIZED[type(quantizer)](x, weight, bias, norm, quantizer)
+
+
+def _uniform(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, quantizer: LsqInput) -> Tensor:
     return _Uniform.apply(x, weight, bias, quantizer.step, norm, quantizer)  # type: ignore[no-any-return]
 
 
-def thresholds(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, quantizer: N2uqInput) -> Tensor:
-    """Normalize, clip and quantize as N2UQ does; shape as `clipped`."""
-    start, widths, scales = quantizer.used()
-    out: Tensor = _Thresholds.apply(x, weight, bias, start, widths, *scales, quantizer.qmin, norm)
-    return out
+def _adaptive(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, quantizer: AsqInput) -> Tensor:
+    trained = (quantizer.step, *quantizer.adapter.parameters())
+    return _Adaptive.apply(x, weight, bias, norm, quantizer, *trained)  # type: ignore[no-any-return]
+
+
+def _thresholds(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, by: N2uqInput) -> Tensor:
+    return _Thresholds.apply(x, weight, bias, norm, by.qmin, *by.trained())  # type: ignore[no-any-return]
+
+
+#: What quantizes behind a norm, by quantizer.
+QUANTIZED: Mapping[type[Any], Callable[..., Tensor]] = {
+    AsqInput: _adaptive,
+    LsqInput: _uniform,
+    N2uqInput: _thresholds,
+}
 
 
 class _Clipped(Function):
@@ -110,7 +144,7 @@ class _Clipped(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *known = ctx.saved_tensors
-        found = tuple(map(torch.empty_like, (x, *known[:2])))
+        found = [torch.empty_like(values) for values in (x, *known[:2])]
         upstream = laid_out_as(gradients[0], x)
         LIBRARY.call("clipped_backward", x, upstream, *known, *ctx.passes, *found, *_sizes(x))
         return *found, None
@@ -138,15 +172,19 @@ class _Uniform(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *known, raw, qmin, qmax = ctx.saved_tensors
-        found = tuple(map(torch.empty_like, (x, *known[:2], raw)))
+        found = [torch.empty_like(values) for values in (x, *known[:2], raw)]
         LIBRARY.call(
             "uniform_backward",
-            *(x, laid_out_as(gradients[0], x), *known, *ctx.passes, *_used(raw, qmin, qmax)),
-            *(*found, *_sizes(x)),
+            x,
+            laid_out_as(gradients[0], x),
+            *known,
+            *ctx.passes,
+            *_used(raw, qmin, qmax),
+            lsq_gradient_factor(qmax, ctx.n_features),
+            *found,
+            *_sizes(x),
         )
-        *others, grad_step = found
-        scale = lsq_gradient_scale(qmax, ctx.n_features)
-        return *others, signed(raw, grad_step) * scale, None, None
+        return *found, None, None
 
 
 class _Thresholds(Function):
@@ -156,37 +194,111 @@ class _Thresholds(Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        s: Tensor,
-        a: Tensor,
-        beta_1: Tensor,
-        beta_2: Tensor,
-        n: Tensor,
         norm: Norm,
+        n: Tensor,
+        start: Tensor,
+        widths: Tensor,
+        in_scale: Tensor,
+        out_scale: Tensor,
     ) -> Tensor:
         out, index = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
-        known, cuts = (weight, bias, *norm.statistics(x)), thresholds_of(knots_of(s, a), a)
-        levels = (beta_1, cuts, cuts.numel(), output_step(a, beta_2), n)
+        known, used = (
+            (weight, bias, *norm.statistics(x)),
+            used_intervals(start, widths, in_scale, out_scale),
+        )
+        cuts = used.thresholds()
+        levels = (used.beta_1, cuts, cuts.numel(), used.step, n)
         LIBRARY.call("thresholds", x, *known, *norm.passes, *levels, out, index, *_sizes(x))
-        ctx.save_for_backward(x, *known, index, s, a, beta_1, beta_2, n)
+        ctx.save_for_backward(x, *known, n, index, widths, in_scale, out_scale, *used)
         ctx.passes = norm.passes
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, *known, index, s, a, beta_1, beta_2, n = ctx.saved_tensors
-        knots, slope = knots_of(s, a), output_step(a, beta_2) / a
-        n_knots = knots.numel()
-        table = (index, beta_1, knots, F.pad(slope * beta_1, (0, 1)), n_knots, n)
-        sums = knots.new_empty(2 * n_knots + 1)
-        found = tuple(map(torch.empty_like, (x, *known[:2])))
+        (x, *known), (n, index, *trained), rest = _split(ctx.saved_tensors, 5, 5)
+        used = Intervals(*rest)
+        n_knots = used.knots.numel()
+        slopes = F.pad(used.step / used.a * used.beta_1, (0, 1))
+        sums = slopes.new_empty(2 * n_knots + 1)
+        found = [torch.empty_like(values) for values in (x, *known[:2])]
         LIBRARY.call(
             "thresholds_backward",
-            *(x, laid_out_as(gradients[0], x), *known, *ctx.passes, *table),
-            *(*found, sums, *_sizes(x)),
+            x,
+            laid_out_as(gradients[0], x),
+            *known,
+            *ctx.passes,
+            *(index, used.beta_1, used.knots, slopes, n_knots, n),
+            *found,
+            sums,
+            *_sizes(x),
         )
         by_interval = (sums[:n_knots], sums[n_knots:-1], sums[-1])
-        return *found, *interval_gradients(by_interval, knots, a, beta_1, slope), None, None
+        return *found, None, None, *used.gradients(by_interval, *trained)
+
+
+class _Adaptive(Function):
+    """As `_Uniform`, with a step s_a for each sample that an adapter finds from means of y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        norm: Norm,
+        quantizer: AsqInput,
+        raw: Tensor,
+        *_: Tensor,
+    ) -> Tensor:
+        out, known, sizes = torch.empty_like(x), (weight, bias, *norm.statistics(x)), _by_sample(x)
+        n_samples, n_pixels, n_channels, _threads = sizes
+        sums = weight.new_empty(3, n_samples, n_channels)
+        LIBRARY.call("open_sums", x, *known, *norm.passes, sums, *sizes)
+        beta, *parts = quantizer.adapter.trace(sums[0] / n_pixels)
+        grid = (raw.abs().clamp(min=EPS) * beta, quantizer.qmin, quantizer.qmax)
+        LIBRARY.call("uniform_by_sample", x, *known, *norm.passes, *grid, out, *sizes)
+        ctx.save_for_backward(x, *known, sums, *grid, raw, beta, *parts)
+        ctx.passes, ctx.quantizer = norm.passes, quantizer
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, *known), (sums, *grid), (raw, beta, *parts) = _split(ctx.saved_tensors, 5, 4)
+        sizes = _by_sample(x)
+        found = [torch.empty_like(values) for values in (x, *known[:2])]
+        grad_s_a = torch.empty_like(grid[0])
+        products = sums.new_empty(2, x.shape[1])
+        LIBRARY.call(
+            "sample_slopes",
+            x,
+            laid_out_as(gradients[0], x),
+            *(*known, *ctx.passes, *grid, found[0], grad_s_a, products, *sizes),
+        )
+        to_means, grad_raw, to_parameters = ctx.quantizer.trained_gradients(
+            grad_s_a, x, raw, beta, *parts
+        )
+        shares = (to_means / sizes[1]).contiguous()
+        LIBRARY.call(
+            "shared_slopes",
+            x,
+            *(*known, *ctx.passes, sums, products, shares, *found, *sizes),
+        )
+        return *found, None, None, grad_raw, *to_parameters
+
+
+def _split(saved: tuple[Tensor, ...], *sizes: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield as many tensors as each size says, then the rest."""
+    rest = iter(saved)
+    for size in sizes:
+        yield tuple(islice(rest, size))
+    yield tuple(rest)
+
+
+def _by_sample(x: Tensor) -> tuple[int, int, int, int]:
+    """Samples, pixels of one, channels, threads."""
+    return x.shape[0], x[0, 0].numel(), x.shape[1], torch.get_num_threads()
 
 
 def _used(raw: Tensor, qmin: Tensor, qmax: Tensor) -> tuple[Tensor | float, ...]:

@@ -60,7 +60,7 @@ class _Tracer(fx.Tracer):
 
 def _reader_of(norm: fx.Node, modules: Mapping[str, nn.Module]) -> Reader:
     clips = [_called(user, modules) for user in norm.users]
-    ranges = {RANGES.get(type(module)) for module in clips}
+    ranges = {None if module is None else RANGES.get(type(module)) for module in clips}
     passes = next(iter(ranges)) if len(ranges) == 1 else None
     if passes is None:
         return Reader(quantizer=_only_quantizer([norm], modules))

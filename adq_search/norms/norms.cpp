@@ -216,6 +216,28 @@ struct IntervalSlopes {
     const T* again(long begin, long) { return grad_y + begin; }
 };
 
+// What the sums of a norm's backward pass say: gradients to its weight and bias, and what each
+// gradient to x is less of: constant + slope (x - mean).
+struct Pull {
+    std::vector<float> constant, slope;
+
+    // `products`: by channel, the sums of r, then those of r (x - mean).
+    Pull(const std::vector<double>& products, const Lines& lines, double n, const float* weight,
+         const float* inverse, float* grad_weight, float* grad_bias)
+        : constant(lines.channels), slope(lines.channels) {
+        for (long c = 0; c < lines.channels; ++c) {
+            const double scaled = products[lines.channels + c] * inverse[c];
+            const double a = weight[c] * inverse[c];
+            grad_bias[c] = static_cast<float>(products[c]);
+            grad_weight[c] = static_cast<float>(scaled);
+            constant[c] = static_cast<float>(a * products[c] / n);
+            slope[c] = static_cast<float>(a * scaled * inverse[c] / n);
+        }
+        constant = lines.repeated(constant);
+        slope = lines.repeated(slope);
+    }
+};
+
 // The backward pass of a norm; `slopes_of(block)` makes one of the above.
 template <class T, class Maker>
 void norm_slopes(const Lines& lines, const Clipped by, const T* x, const float* weight,
@@ -229,24 +251,74 @@ void norm_slopes(const Lines& lines, const Clipped by, const T* x, const float* 
                          sums.second(block), size);
         });
     });
-    const std::vector<double> products = sums.total();
-    const double n = static_cast<double>(lines.pixels);
-    std::vector<float> constant(lines.channels), slope(lines.channels);
-    for (long c = 0; c < lines.channels; ++c) {
-        const double scaled = products[lines.channels + c] * inverse[c], a = weight[c] * inverse[c];
-        grad_bias[c] = static_cast<float>(products[c]);
-        grad_weight[c] = static_cast<float>(scaled);
-        constant[c] = static_cast<float>(a * products[c] / n);
-        slope[c] = static_cast<float>(a * scaled * inverse[c] / n);
-    }
-    const std::vector<float> constants = lines.repeated(constant), slopes = lines.repeated(slope);
+    const Pull pull(sums.total(), lines, static_cast<double>(lines.pixels), weight, inverse,
+                    grad_weight, grad_bias);
     lines.each(threads, [&](long block, const auto each_line) {
         auto grad_y = slopes_of(block);
         each_line([&](long begin, long size) {
-            slopes_line(by, x + begin, grad_y.again(begin, size), constants.data(), slopes.data(),
-                        grad_x + begin, size);
+            slopes_line(by, x + begin, grad_y.again(begin, size), pull.constant.data(),
+                        pull.slope.data(), grad_x + begin, size);
         });
     });
+}
+
+// ---- One step a sample ----
+
+// Lines of each sample, and figures by sample and channel.
+struct Samples {
+    long n;
+    Lines lines;
+
+    Samples(long n, long pixels, long channels) : n(n), lines(pixels, channels) {}
+
+    // Call `work(sample, lines)` for each sample; as `Lines::each` does, with one block a sample.
+    template <class Work>
+    void each(long threads, const Work work) const {
+        const Lines own = lines;
+        if (n * own.size < VALUES_WORTH_THREADS) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+        for (long sample = 0; sample < n; ++sample) {
+            const long at = sample * own.size;
+            work(sample, [=](const auto use) {
+                for (long begin = 0; begin < own.size; begin += own.width)
+                    use(at + begin, std::min(own.width, own.size - begin));
+            });
+        }
+    }
+    // Add figures of a line's places to those of a sample's channels.
+    void fold(const std::vector<float>& of_line, float* of_channels) const {
+        for (long c = 0; c < lines.channels; ++c) {
+            double sum = 0.0;
+            for (long j = c; j < lines.width; j += lines.channels) sum += of_line[j];
+            of_channels[c] = static_cast<float>(sum);
+        }
+    }
+};
+
+// Sums of y, of 1 and of x - mean, the last two where the clipping lets gradients through.
+template <class T>
+void add_open(const Clipped by, const T* __restrict x, float* __restrict sum, float* __restrict open,
+              float* __restrict distance, long size) {
+#pragma omp simd
+    for (long j = 0; j < size; ++j) {
+        const float value = load(x, j), y = value * by.a[j] + by.b[j];
+        const float is_open = (y > by.low) & (y < by.high) ? 1.0f : 0.0f;
+        sum[j] += clip(y, by.low, by.high);
+        open[j] += is_open;
+        distance[j] += is_open * (value - by.mean[j]);
+    }
+}
+
+// dx = a r' - constant - slope (x - mean), where r' = r + share where the clipping is open.
+template <class T>
+void shared_slopes_line(const Clipped by, const T* x, const T* grad_y, const float* share,
+                        const float* constant, const float* slope, T* grad_x, long size) {
+#pragma omp simd
+    for (long j = 0; j < size; ++j) {
+        const float value = load(x, j), y = value * by.a[j] + by.b[j];
+        const float r = (y > by.low) & (y < by.high) ? load(grad_y, j) + share[j] : 0.0f;
+        store(grad_x, j, by.a[j] * r - constant[j] - slope[j] * (value - by.mean[j]));
+    }
 }
 
 }  // namespace
@@ -339,12 +411,12 @@ extern "C" void uniform(long half, const void* values, const float* weight, cons
     });
 }
 
-// `grad_step` is the gradient to the step in use.
+// `scale` is LSQ's, of the gradient to the step.
 extern "C" void uniform_backward(long half, const void* values, const void* upstream,
                                  const float* weight, const float* bias, const float* mean,
                                  const float* inverse, float low, float high, const float* raw,
                                  float smallest, const float* qmin, const float* qmax,
-                                 void* grad_values, float* grad_weight, float* grad_bias,
+                                 float scale, void* grad_values, float* grad_weight, float* grad_bias,
                                  float* grad_step, long pixels, long channels, long threads) {
     const Lines lines(pixels, channels);
     const Norm norm(lines, weight, bias, mean, inverse);
@@ -362,7 +434,7 @@ extern "C" void uniform_backward(long half, const void* values, const void* upst
     });
     double sum = 0.0;
     for (const double part : parts) sum += part;
-    *grad_step = static_cast<float>(sum);
+    *grad_step = static_cast<float>(sum) * (*raw < 0.0f ? -scale : scale);
 }
 
 // The same, with N2UQ behind the norm; see `thresholds` and `thresholds_backward` of the quantizers.
@@ -423,4 +495,115 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
         for (long block = 0; block < lines.blocks; ++block) sum += parts[n_sums * block + k];
         sums[k] = static_cast<float>(sum);
     }
+}
+
+// The same with a step for each sample (ASQ). `sums`: by sample and channel, what `add_open` adds,
+// # shape: (3, samples, channels). `pixels` are those of one sample.
+extern "C" void open_sums(long half, const void* values, const float* weight, const float* bias,
+                          const float* mean, const float* inverse, float low, float high, float* sums,
+                          long samples, long pixels, long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    const long n = samples * channels;
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        all.each(threads, [&](long sample, const auto each_line) {
+            const std::vector<float> zeros(all.lines.width);
+            std::vector<float> sum = zeros, open = zeros, distance = zeros;
+            each_line([&](long begin, long size) {
+                add_open(norm.clipped(low, high), x + begin, sum.data(), open.data(),
+                         distance.data(), size);
+            });
+            all.fold(sum, sums + sample * channels);
+            all.fold(open, sums + n + sample * channels);
+            all.fold(distance, sums + 2 * n + sample * channels);
+        });
+    });
+}
+
+extern "C" void uniform_by_sample(long half, const void* values, const float* weight,
+                                  const float* bias, const float* mean, const float* inverse,
+                                  float low, float high, const float* steps, const float* qmin,
+                                  const float* qmax, void* out, long samples, long pixels,
+                                  long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        T* to = static_cast<T*>(out);
+        all.each(threads, [&](long sample, const auto each_line) {
+            std::vector<T> y(all.lines.width);
+            each_line([&](long begin, long size) {
+                clipped_line(norm.clipped(low, high), x + begin, y.data(), size);
+                uniform_block(y.data(), steps[sample], *qmin, *qmax, to + begin, size);
+            });
+        });
+    });
+}
+
+// Gradients to y and to the steps, and by channel the sums of r, then those of r (x - mean).
+extern "C" void sample_slopes(long half, const void* values, const void* upstream,
+                              const float* weight, const float* bias, const float* mean,
+                              const float* inverse, float low, float high, const float* steps,
+                              const float* qmin, const float* qmax, void* grad_values,
+                              float* grad_steps, float* products, long samples, long pixels,
+                              long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    const Clipped by = norm.clipped(low, high);
+    std::vector<float> parts(2 * samples * channels);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
+        T* grad_y = static_cast<T*>(grad_values);
+        all.each(threads, [&](long sample, const auto each_line) {
+            std::vector<T> y(all.lines.width);
+            std::vector<float> first(all.lines.width), second(all.lines.width);
+            double sum = 0.0;
+            each_line([&](long begin, long size) {
+                clipped_line(by, x + begin, y.data(), size);
+                sum += uniform_slopes(y.data(), r + begin, steps[sample], *qmin, *qmax,
+                                      grad_y + begin, size);
+                add_products(by, x + begin, grad_y + begin, first.data(), second.data(), size);
+            });
+            grad_steps[sample] = static_cast<float>(sum);
+            all.fold(first, &parts[2 * sample * channels]);
+            all.fold(second, &parts[(2 * sample + 1) * channels]);
+        });
+    });
+    total_of(parts, 2 * channels, products);
+}
+
+// Turns gradients to y into those to x, in place, after adding `shares` to them where the clipping
+// is open, # shape: (samples, channels). `sums` and `products` as found by the two functions above.
+extern "C" void shared_slopes(long half, const void* values, const float* weight, const float* bias,
+                              const float* mean, const float* inverse, float low, float high,
+                              const float* sums, const float* products, const float* shares,
+                              void* grad_values, float* grad_weight, float* grad_bias, long samples,
+                              long pixels, long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    const long n = samples * channels;
+    std::vector<double> total(products, products + 2 * channels);
+    for (long i = 0; i < n; ++i) {
+        total[i % channels] += static_cast<double>(shares[i]) * sums[n + i];
+        total[channels + i % channels] += static_cast<double>(shares[i]) * sums[2 * n + i];
+    }
+    const Pull pull(total, all.lines, static_cast<double>(samples * pixels), weight, inverse,
+                    grad_weight, grad_bias);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        T* grad = static_cast<T*>(grad_values);
+        all.each(threads, [&](long sample, const auto each_line) {
+            const float* own = shares + sample * channels;
+            const std::vector<float> share = all.lines.repeated({own, own + channels});
+            each_line([&](long begin, long size) {
+                shared_slopes_line(norm.clipped(low, high), x + begin, grad + begin, share.data(),
+                                   pull.constant.data(), pull.slope.data(), grad + begin, size);
+            });
+        });
+    });
 }

@@ -58,14 +58,13 @@ def uniform_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients to `values` and to `raw`, the latter times `scale`."""
-    grad_values, sums = torch.empty_like(values), raw.new_empty(_rows(values, raw))
+    grad_values, grad_raw = torch.empty_like(values), torch.empty_like(raw)
     LIBRARY.call(
         "uniform_backward",
         *(values, laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
-        *(qmin, qmax, qmin.numel() > 1, scale if raw.numel() > 1 else 1.0),
-        *(grad_values, sums, *_sizes(values, raw)),
+        *(qmin, qmax, qmin.numel() > 1, scale, grad_values, grad_raw, *_sizes(values, raw)),
     )
-    return grad_values, _to_parameter(sums, raw, scale)
+    return grad_values, grad_raw
 
 
 def clipped(values: Tensor, raw: Tensor, smallest: float, unit_levels: Tensor) -> Tensor:
@@ -95,14 +94,13 @@ def clipped_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients to `values` and to `raw`, the latter times `scale`."""
-    grad_values, sums = torch.empty_like(values), raw.new_empty(_rows(values, raw))
+    grad_values, grad_raw = torch.empty_like(values), torch.empty_like(raw)
     LIBRARY.call(
         "clipped_backward",
         *(values, laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
-        *(unit_levels, unit_levels.numel(), scale if raw.numel() > 1 else 1.0),
-        *(grad_values, sums, *_sizes(values, raw)),
+        *(unit_levels, unit_levels.numel(), scale, grad_values, grad_raw, *_sizes(values, raw)),
     )
-    return grad_values, _to_parameter(sums, raw, scale)
+    return grad_values, grad_raw
 
 
 def codebook(weights: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,21 +182,10 @@ def thresholds_backward(
     return grad_values, sums[:n], sums[n:-1], sums[-1]
 
 
-def _rows(values: Tensor, raw: Tensor) -> int:
-    """How many rows: one a parameter, or one an entry of the first dimension."""
-    return values.shape[0] if raw.numel() == 1 and values.ndim > 1 else raw.numel()
-
-
 def _sizes(values: Tensor, raw: Tensor) -> tuple[int, int, int]:
-    rows = _rows(values, raw)
+    """Rows (one a parameter, or one an entry of the first dimension), columns, threads."""
+    rows = values.shape[0] if raw.numel() == 1 and values.ndim > 1 else raw.numel()
     return rows, values.numel() // rows, _threads()
-
-
-def _to_parameter(sums: Tensor, raw: Tensor, scale: float) -> Tensor:
-    """Give the sums of rows the shape of a parameter; one in all is summed and scaled here."""
-    if raw.numel() > 1:
-        return sums.view(raw.shape)
-    return sums.sum().mul_(-scale if float(raw.detach()) < 0 else scale).view(raw.shape)
 
 
 def _threads() -> int:

@@ -14,7 +14,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,39 +23,106 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adq_search.quantizers import _native
-from adq_search.quantizers._calibration import computing_dtype
+from adq_search.quantizers._calibration import EPS, computing_dtype
 from adq_search.quantizers._compile import Kernel, compiles
 from adq_search.quantizers._intervals import interval_entry, interval_sums, padded, rank
 from adq_search.quantizers._nearest import count_below
 from adq_search.quantizers._rows import from_rows, row_order, to_rows
+from adq_search.quantizers._through import signed
 
 # torch leaves Function.apply without annotations.
 # mypy: disable-error-code="no-untyped-call"
 
+#: Narrowest interval, as in the public code.
+MIN_WIDTH = 1e-3
+
 
 def thresholds_through(
-    values: Tensor, start: Tensor, widths: Tensor, scales: tuple[Tensor, Tensor], qmin: Tensor
+    values: Tensor,
+    start: Tensor,
+    widths: Tensor,
+    in_scale: Tensor,
+    out_scale: Tensor,
+    qmin: Tensor,
 ) -> Tensor:
     """Quantize by learned thresholds to equidistant levels, with N2UQ's generalized gradients.
 
     Args:
         values: Any shape with samples along the first dimension.
         start: Where the first interval begins (s), # shape: ()
-        widths: Positive interval widths (a_i), # shape: (M,)
-        scales: Input scale beta_1 and output scale beta_2, each # shape: ()
+        widths: Interval widths a_i, used as max(a_i, MIN_WIDTH), # shape: (M,)
+        in_scale: beta_1, used as max(|beta_1|, EPS), # shape: ()
+        out_scale: beta_2, likewise, # shape: ()
         qmin: Code of the lowest level, # shape: ()
 
     Returns:
         Quantized values, in the dtype of `values`.
     """
-    out: Tensor = _Thresholds.apply(values, start, widths, *scales, qmin)
-    return out
+    return _Thresholds.apply(values, start, widths, in_scale, out_scale, qmin)  # type: ignore[no-any-return]
 
 
 def threshold_index(values: Tensor, start: Tensor, widths: Tensor, in_scale: Tensor) -> Tensor:
     """Return how many thresholds lie below each scaled value; int32, same shape."""
-    scaled = values.to(computing_dtype(values, widths)) * in_scale
-    return count_below(scaled, thresholds_of(knots_of(start, widths), widths))
+    used = used_intervals(start, widths, in_scale, in_scale)
+    scaled = values.to(computing_dtype(values, widths)) * used.beta_1
+    return count_below(scaled, used.thresholds())
+
+
+class Intervals(NamedTuple):
+    """N2UQ's parameters as they are used.
+
+    Args:
+        a: Widths, # shape: (M,)
+        beta_1: Input scale, # shape: ()
+        step: Distance beta_2 D of two output levels, # shape: ()
+        knots: S_0 .. S_M, # shape: (M + 1,)
+    """
+
+    a: Tensor
+    beta_1: Tensor
+    step: Tensor
+    knots: Tensor
+
+    def thresholds(self) -> Tensor:
+        """Return T_i = S_(i-1) + a_i / 2, # shape: (M,)."""
+        return self.knots[:-1] + self.a / 2
+
+    def gradients(
+        self,
+        sums: tuple[Tensor, Tensor, Tensor],
+        widths: Tensor,
+        in_scale: Tensor,
+        out_scale: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return the gradients to s, and to the widths and scales as they are trained.
+
+        Args:
+            sums: Over the values of each interval 1..M, of R, and of R times the distance from its
+                left end, # shape: (M or more,); the sum of R times codes.
+            widths: As trained, like the rest.
+            in_scale: # shape: ()
+            out_scale: # shape: ()
+        """
+        m, slope = self.a.numel(), self.step / self.a
+        r_interval, r_distance, r_code = sums[0][:m], sums[1][:m], sums[2]
+        # Every interval pushes those after it: dg/ds = -D/a_i, and the same for a_j with j < i.
+        push = slope * r_interval
+        grad_s = -push.sum()
+        grad_a = (push.cumsum(0) + grad_s - slope * r_distance / self.a) * (widths >= MIN_WIDTH)
+        grad_beta_1 = (slope * (r_distance + self.knots[:-1] * r_interval)).sum() / self.beta_1
+        scales = (signed(in_scale, grad_beta_1), signed(out_scale, r_code * (2 / m)))
+        return tuple(gradient.to(widths.dtype) for gradient in (grad_s, grad_a, *scales))
+
+
+def used_intervals(start: Tensor, widths: Tensor, in_scale: Tensor, out_scale: Tensor) -> Intervals:
+    """Return trained parameters as they are used; arguments as of `thresholds_through`."""
+    a = widths.clamp(min=MIN_WIDTH)
+    return Intervals(
+        a=a,
+        beta_1=in_scale.abs().clamp(min=EPS),
+        step=out_scale.abs().clamp(min=EPS) * (2 / a.numel()),
+        knots=start + F.pad(a.cumsum(0), (1, 0)),
+    )
 
 
 class _Thresholds(Function):
@@ -63,79 +130,65 @@ class _Thresholds(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, s: Tensor, a: Tensor, beta_1: Tensor, beta_2: Tensor, n: Tensor
+        ctx: Any,
+        x: Tensor,
+        start: Tensor,
+        widths: Tensor,
+        in_scale: Tensor,
+        out_scale: Tensor,
+        n: Tensor,
     ) -> Tensor:
-        thresholds = thresholds_of(knots_of(s, a), a).to(computing_dtype(x, a))
-        step = output_step(a, beta_2)
-        ctx.is_native = _native.takes(x, thresholds, beta_1, step, n)
+        used = used_intervals(start, widths, in_scale, out_scale)
+        thresholds = used.thresholds().to(computing_dtype(x, widths))
+        ctx.is_native = _native.takes(x, thresholds, used.beta_1, used.step, n)
         ctx.again = _levels_again
         if ctx.is_native:
-            out, index = _native.thresholds(x, beta_1, thresholds, step, n)
+            out, index = _native.thresholds(x, used.beta_1, thresholds, used.step, n)
         else:
             order = row_order(x)
             rows, index = _quantize(
-                to_rows(x, order), padded(thresholds), beta_1, step, n, compiled=compiles(x)
+                to_rows(x, order),
+                padded(thresholds),
+                used.beta_1,
+                used.step,
+                n,
+                compiled=compiles(x),
             )
             out = from_rows(rows, x, order)
         # One byte an element spares the backward pass a second search.
-        ctx.save_for_backward(x, s, a, beta_1, beta_2, n, index)
+        ctx.save_for_backward(x, n, index, widths, in_scale, out_scale, *used)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, a, beta_1, beta_2, n, index = ctx.saved_tensors
-        dtype = computing_dtype(x, a)
-        knots, slope = knots_of(s, a), output_step(a, beta_2) / a
+        x, n, index, widths, in_scale, out_scale, *rest = ctx.saved_tensors
+        used = Intervals(*rest)
+        slopes = used.step / used.a * used.beta_1
         if ctx.is_native:
-            slopes = F.pad(slope * beta_1, (0, 1))
-            grad_x, r_interval, r_distance, r_code = _native.thresholds_backward(
-                x, gradients[0], index, beta_1, knots, slopes, n
+            grad_x, *sums = _native.thresholds_backward(
+                x, gradients[0], index, used.beta_1, used.knots, F.pad(slopes, (0, 1)), n
             )
         else:
-            order = row_order(x)
-            rows, r_interval, r_distance, r_code = _gradients(
+            order, dtype = row_order(x), computing_dtype(x, widths)
+            rows, *sums = _gradients(
                 to_rows(x, order),
                 to_rows(gradients[0], order),
                 index,
-                beta_1,
-                padded(knots.to(dtype)),
-                padded((slope * beta_1).to(dtype), 0.0, like=knots),
+                used.beta_1,
+                padded(used.knots.to(dtype)),
+                padded(slopes.to(dtype), 0.0, like=used.knots),
                 n,
                 compiled=compiles(x),
             )
             grad_x = from_rows(rows, x, order)
-        trained = interval_gradients((r_interval, r_distance, r_code), knots, a, beta_1, slope)
+        trained = used.gradients((sums[0], sums[1], sums[2]), widths, in_scale, out_scale)
         return grad_x, *trained, None
 
 
-def interval_gradients(
-    sums: tuple[Tensor, Tensor, Tensor], knots: Tensor, a: Tensor, beta_1: Tensor, slope: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients to s, a, beta_1 and beta_2.
-
-    Args:
-        sums: Over the values of each interval 1..M, of R, and of R times the distance from its
-            left end, # shape: (M or more,); the sum of R times codes.
-        knots: S_0 .. S_M, # shape: (M + 1,)
-        a: Interval widths, # shape: (M,)
-        beta_1: # shape: ()
-        slope: beta_2 D / a_i, # shape: (M,)
-    """
-    m = a.numel()
-    r_interval, r_distance, r_code = sums[0][:m], sums[1][:m], sums[2]
-    # Every interval pushes those after it: dg/ds = -D/a_i, and the same for a_j with j < i.
-    push = slope * r_interval
-    grad_s = -push.sum()
-    grad_a = push.cumsum(0) + grad_s - slope * r_distance / a
-    grad_beta_1 = (slope * (r_distance + knots[:-1] * r_interval)).sum() / beta_1
-    found = (grad_s, grad_a, grad_beta_1, r_code * (2 / m))
-    return tuple(gradient.to(a.dtype) for gradient in found)  # type: ignore[return-value]
-
-
 def _levels_again(ctx: Any) -> Tensor:
-    x, _, a, _, beta_2, n, index = ctx.saved_tensors
-    step = output_step(a, beta_2)
+    x, n, index, _, _, _, *rest = ctx.saved_tensors
+    step = Intervals(*rest).step
     if ctx.is_native:
         return _native.thresholds_again(x, index, step, n)
     order = row_order(x)
@@ -181,22 +234,7 @@ def _gradients(
     return grad_x.to(x.dtype), r_interval, r_distance, r_code
 
 
-def output_step(a: Tensor, beta_2: Tensor) -> Tensor:
-    """Return the distance beta_2 D of two output levels, # shape: ()."""
-    return beta_2 * (2 / a.numel())
-
-
 def equidistant_levels(a: Tensor, beta_2: Tensor, n: Tensor) -> Tensor:
     """Return N2UQ's output levels beta_2 D (i + n), i = 0..M, # shape: (M + 1,)."""
     codes = torch.arange(a.numel() + 1, dtype=a.dtype, device=a.device) + n
-    return codes * output_step(a, beta_2)
-
-
-def knots_of(s: Tensor, a: Tensor) -> Tensor:
-    """Return S_0 = s, S_i = s + a_1 + ... + a_i, # shape: (M + 1,)."""
-    return s + torch.cat([a.new_zeros(1), a.cumsum(0)])
-
-
-def thresholds_of(knots: Tensor, a: Tensor) -> Tensor:
-    """Return T_i = S_(i-1) + a_i / 2, # shape: (M,)."""
-    return knots[:-1] + a / 2
+    return codes * (beta_2 * (2 / a.numel()))

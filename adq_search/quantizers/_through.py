@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ def positive_step(raw: Tensor, gradient_scale: Tensor) -> Tensor:
 def lsq_gradient_scale(qmax: Tensor, n_values: int) -> Tensor:
     """Return g = 1 / sqrt(N Q_P) [Esser2020, section 2.2], # shape: ()."""
     return torch.rsqrt(qmax * max(1, n_values))
+
+
+def lsq_gradient_factor(qmax: Tensor, n_values: int) -> float:
+    """Return `lsq_gradient_scale` as a number, for tensors on the CPU."""
+    return 1.0 / math.sqrt(float(qmax) * max(1, n_values))
 
 
 def uniform_through(
@@ -156,9 +162,8 @@ def uniform_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `uniform_through` to the values and to the step."""
     smallest = 0.0 if n_features is None else EPS
-    scale = None if n_features is None else lsq_gradient_scale(p, n_features)
     if _native.takes(v, raw, n, p):
-        factor = 1.0 if scale is None else float(scale)
+        factor = 1.0 if n_features is None else lsq_gradient_factor(p, n_features)
         return _native.uniform_backward(v, upstream, raw, smallest, n, p, factor)
     s = _used(raw, smallest)
     if not compiles(v):
@@ -169,7 +174,9 @@ def uniform_gradients(
         rows = to_rows(v, order)
         grad_v, sums = _uniform_gradients(rows, to_rows(upstream, order), column(s, rows), n, p)
         grad_v, grad_s = from_rows(grad_v, v, order), from_column(sums, s)
-    return grad_v, grad_s if scale is None else signed(raw, grad_s) * scale
+    if n_features is None:
+        return grad_v, grad_s
+    return grad_v, signed(raw, grad_s) * lsq_gradient_scale(p, n_features)
 
 
 def _used(raw: Tensor, smallest: float) -> Tensor:

@@ -34,6 +34,7 @@ from adq_search.quantizers._calibration import (
 from adq_search.quantizers._through import (
     lsq_gradient_scale,
     positive_step,
+    signed,
     uniform_gradients,
     uniform_integers,
     uniform_through,
@@ -132,6 +133,11 @@ class AsqInput(InputQuantizer):
         """Use `value` as every sample's factor, or the adapter again where it is None."""
         self._frozen_factor = value
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the adapter finds the factors."""
+        return self._frozen_factor is None
+
     def factors(self, values: Tensor) -> Tensor:
         """Return beta of every sample, # shape: (N, 1, ..., 1)."""
         shape = self._sample_shape(values)
@@ -150,6 +156,24 @@ class AsqInput(InputQuantizer):
         batch = values if values.ndim > -self.channel_dim else values.unsqueeze(0)
         channel_dim = batch.ndim + self.channel_dim
         return batch, [dim for dim in range(1, batch.ndim) if dim != channel_dim]
+
+    def trained_gradients(
+        self, upstream: Tensor, values: Tensor, raw: Tensor, beta: Tensor, *parts: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the gradients to the channel means, to the step and to the adapter's parameters.
+
+        Args:
+            upstream: Gradient to the steps s_a, one a sample.
+            values: What was quantized.
+            raw: The trained step, # shape: ()
+            beta: Factors, shape as `upstream`.
+            *parts: What else `Adapter.trace` returned.
+        """
+        grad_s = signed(raw, (upstream * beta).sum())
+        n = n_features(values, self._sample_shape(values))
+        to_beta = (upstream * raw.abs().clamp(min=EPS)).flatten()
+        to_means, to_parameters = self.adapter.gradients(to_beta, *parts)
+        return to_means, grad_s * lsq_gradient_scale(self.qmax, n), to_parameters
 
     def add_mean_gradient_(self, gradient: Tensor, to_means: Tensor) -> None:
         """Add what the channel means pass back to a gradient with the shape of the values.
@@ -170,10 +194,10 @@ class AsqInput(InputQuantizer):
         self.step.copy_(initial_step(values.reshape(1, -1), self.qmax)[0])
 
     def _quantize(self, values: Tensor) -> Tensor:
-        n = n_features(values, self._sample_shape(values))
-        if self._frozen_factor is None and not torch.compiler.is_compiling():
+        if self.is_adaptive and not torch.compiler.is_compiling():
             parameters = self.adapter.parameters()
-            return _Adaptive.apply(values, self.step, self, n, *parameters)  # type: ignore[no-any-return]
+            return _Adaptive.apply(values, self.step, self, *parameters)  # type: ignore[no-any-return]
+        n = n_features(values, self._sample_shape(values))
         step = positive_step(self.step, lsq_gradient_scale(self.qmax, n))
         step = step * self.factors(values)
         return uniform_through(values, step, self.qmin, self.qmax, n_features=None)
@@ -200,14 +224,12 @@ class _Adaptive(Function):
     """Eqs. 4-9 in two passes over memory a direction, where autograd alone would take six."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, raw: Tensor, quantizer: AsqInput, n: int, *_: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, raw: Tensor, quantizer: AsqInput, *_: Tensor) -> Tensor:
         beta, *parts = quantizer.adapter.trace(quantizer._channel_means(values))
         beta = beta.view(quantizer._sample_shape(values))
         s_a = raw.abs().clamp(min=EPS) * beta
         ctx.save_for_backward(values, s_a, quantizer.qmin, quantizer.qmax, raw, beta, *parts)
-        ctx.n_features, ctx.quantizer = n, quantizer
+        ctx.quantizer = quantizer
         ctx.again = _adaptive_again
         return uniform_values(values, s_a, quantizer.qmin, quantizer.qmax, None)
 
@@ -216,12 +238,11 @@ class _Adaptive(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         values, s_a, n, p, raw, beta, *parts = ctx.saved_tensors
         grad_values, grad_s_a = uniform_gradients(values, gradients[0], s_a, n, p, None)
-        grad_s = (grad_s_a * beta).sum()
-        grad_raw = torch.where(raw < 0, -grad_s, grad_s) * lsq_gradient_scale(p, ctx.n_features)
-        to_beta = (grad_s_a * raw.abs().clamp(min=EPS)).flatten()
-        to_means, to_parameters = ctx.quantizer.adapter.gradients(to_beta, *parts)
+        to_means, grad_raw, to_parameters = ctx.quantizer.trained_gradients(
+            grad_s_a, values, raw, beta, *parts
+        )
         ctx.quantizer.add_mean_gradient_(grad_values, to_means)
-        return grad_values, grad_raw, None, None, *to_parameters
+        return grad_values, grad_raw, None, *to_parameters
 
 
 def _adaptive_again(ctx: Any) -> Tensor:

@@ -22,14 +22,15 @@ void for_blocks(long rows, long columns, long threads, const Work work) {
     }
 }
 
-// Sum what the blocks found to one figure a row, times `scale` with the sign of a row's own step.
+// Sum what the blocks found to the gradient of each row's own step, or of the one that all share,
+// times `scale`, with the step's sign.
 void sum_rows(const std::vector<float>& parts, long rows, long by_row, const float* raw, float scale,
-              float* sums) {
-    const long in_row = static_cast<long>(parts.size()) / rows;
-    for (long row = 0; row < rows; ++row) {
+              float* gradients) {
+    const long n = by_row ? rows : 1, in_one = static_cast<long>(parts.size()) / n;
+    for (long k = 0; k < n; ++k) {
         double sum = 0.0;
-        for (long i = 0; i < in_row; ++i) sum += parts[row * in_row + i];
-        sums[row] = static_cast<float>(sum) * (by_row && raw[row] < 0.0f ? -scale : scale);
+        for (long i = 0; i < in_one; ++i) sum += parts[k * in_one + i];
+        gradients[k] = static_cast<float>(sum) * (raw[k] < 0.0f ? -scale : scale);
     }
 }
 

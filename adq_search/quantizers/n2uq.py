@@ -21,14 +21,11 @@ from adq_search.policy import OptionValue
 from adq_search.quantizers._base import INPUT_QUANTIZERS, InputQuantizer
 from adq_search.quantizers._calibration import EPS, initial_step
 from adq_search.quantizers._thresholds import (
+    MIN_WIDTH,
     equidistant_levels,
     threshold_index,
     thresholds_through,
 )
-from adq_search.quantizers._through import positive_step
-
-#: Narrowest interval, as in the public code.
-MIN_WIDTH = 1e-3
 
 
 @INPUT_QUANTIZERS.register("n2uq")
@@ -47,8 +44,6 @@ class N2uqInput(InputQuantizer):
     is_projection = False
     learning_rate_factor = 0.1
 
-    unscaled: Tensor
-
     def __init__(
         self, bits: int, *, n_channels: int, channel_dim: int, **options: OptionValue
     ) -> None:
@@ -58,8 +53,6 @@ class N2uqInput(InputQuantizer):
         self.widths = nn.Parameter(torch.full((n_intervals,), 2 / n_intervals))
         self.in_scale = nn.Parameter(torch.ones(()))
         self.out_scale = nn.Parameter(torch.ones(()))
-        # N2UQ has no LSQ-type gradient scale.
-        self.register_buffer("unscaled", torch.ones(()), persistent=False)
 
     def _fit(self, values: Tensor) -> None:
         self._fit_range(values)
@@ -71,19 +64,14 @@ class N2uqInput(InputQuantizer):
         self.start.copy_(self.qmin * d)
 
     def _quantize(self, values: Tensor) -> Tensor:
-        return thresholds_through(values, *self.used(), self.qmin)
+        return thresholds_through(values, *self.trained(), self.qmin)
 
-    def used(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Return start, widths, and beta_1 with beta_2, as they are used."""
-        scales = (
-            positive_step(self.in_scale, self.unscaled),
-            positive_step(self.out_scale, self.unscaled),
-        )
-        return self.start, self.widths.clamp(min=MIN_WIDTH), scales
+    def trained(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return start, widths, beta_1 and beta_2 as they are trained."""
+        return self.start, self.widths, self.in_scale, self.out_scale
 
     def _codes(self, values: Tensor) -> Tensor:
-        in_scale = self.in_scale.abs().clamp(min=EPS)
-        index = threshold_index(values, self.start, self.widths.clamp(min=MIN_WIDTH), in_scale)
+        index = threshold_index(values, self.start, self.widths, self.in_scale)
         return index.long() + self.qmin.long()
 
     def _levels(self) -> Tensor:

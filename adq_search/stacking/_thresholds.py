@@ -25,8 +25,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from adq_search.quantizers import N2uqInput
+from adq_search.quantizers._thresholds import MIN_WIDTH
 from adq_search.quantizers._through import positive_step
-from adq_search.quantizers.n2uq import MIN_WIDTH
 
 _ROOM = 255
 _CELLS = 2048
