@@ -31,8 +31,10 @@ class QuantLayer(nn.Module):
     input_quantizer: InputQuantizer
 
     def _quantized(self, weight: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
-        is_done = getattr(input, "quantized_by", None) is self.input_quantizer
-        return self.weight_quantizer(weight), input if is_done else self.input_quantizer(input)
+        known = _taken(input, self.input_quantizer)
+        return self.weight_quantizer(weight), self.input_quantizer(
+            input
+        ) if known is None else known
 
 
 class QuantConv1d(QuantLayer, nn.Conv1d):
@@ -110,9 +112,28 @@ def to_float_(layer: QuantLayer) -> None:
     layer.__class__ = FLOAT_CLASSES[type(layer)]  # type: ignore[assignment]
 
 
-def mark_quantized(values: Tensor, quantizer: InputQuantizer | None) -> None:
-    """Say that values are what `quantizer` returned, so that its layer takes them as they are."""
-    values.quantized_by = quantizer  # type: ignore[attr-defined]
+def mark_quantized(
+    values: Tensor, quantizer: InputQuantizer, quantized: Tensor | None = None
+) -> None:
+    """Leave the layer of `quantizer` what it would make of `values`.
+
+    Args:
+        values: Its input.
+        quantizer: Its input quantizer.
+        quantized: What that returns; the values themselves by default.
+    """
+    values.quantized_by = (quantizer, quantized)  # type: ignore[attr-defined]
+
+
+def _taken(values: Tensor, quantizer: InputQuantizer) -> Tensor | None:
+    """Return what `mark_quantized` left; another tensor is not held any longer."""
+    known: tuple[InputQuantizer, Tensor | None] | None = getattr(values, "quantized_by", None)
+    if known is None or known[0] is not quantizer:
+        return None
+    if known[1] is None:
+        return values
+    del values.quantized_by  # type: ignore[attr-defined]
+    return known[1]
 
 
 def _do_nothing(layer: nn.Module, args: tuple[Tensor, ...]) -> None: ...

@@ -91,8 +91,8 @@ class NativeLibrary:
             and self._library is not None
         )
 
-    def call(self, name: str, values: Tensor, *arguments: Tensor | float) -> None:
-        """Call a function; tensors are passed as the place where they lie."""
+    def call(self, name: str, values: Tensor, *arguments: Tensor | float | None) -> None:
+        """Call a function; tensors are passed as the place where they lie, None as no place."""
         function = getattr(self._library, name)
         half = values.dtype == torch.bfloat16
         function(half, values.data_ptr(), *[_plain(argument) for argument in arguments])
@@ -170,7 +170,7 @@ def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype).contiguous(memory_format=layout)
 
 
-def _plain(argument: Tensor | float) -> float:
+def _plain(argument: Tensor | float | None) -> float | None:
     return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 

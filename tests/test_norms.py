@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from adq_search.convert import apply_policy_
 from adq_search.errors import QuantizerError
-from adq_search.norms import EVERYTHING, FusedNorm, Reader, fused_norms, norm_readers
+from adq_search.norms import EVERYTHING, FusedNorm, Reader, find_readers, fused_norms
 from adq_search.policy import LayerPrecision, Policy
 from adq_search.tasks.networks import small_resnet
 
@@ -182,7 +182,7 @@ class Readers(nn.Module):
 )
 def test_a_norm_clips_only_where_nothing_else_reads_it(read, passes):
     network = Readers(read)
-    assert norm_readers(network).get(network.norm, Reader()) == Reader(passes or EVERYTHING)
+    assert find_readers(network).get(network.norm, Reader()) == Reader(passes or EVERYTHING)
     plain = copy.deepcopy(network)
     values, _ = batch(4, 3, 5, 5)
     with fused_norms(network):
@@ -279,7 +279,7 @@ def test_a_quantizer_that_others_read_around_stays_where_it_is():
             return self.conv(out).mean() + out.mean()
 
     network = Shortcut(quantized_behind("lsq")[0])
-    assert norm_readers(network)[network.norm] == Reader((0.0, torch.inf))
+    assert find_readers(network)[network.norm] == Reader((0.0, torch.inf))
 
 
 def test_a_quantizer_that_is_watched_stays_where_it_is():
@@ -296,3 +296,49 @@ def test_an_unfitted_quantizer_is_refused_as_ever():
     network[2].input_quantizer.is_initialized = False
     with fused_norms(network), pytest.raises(QuantizerError, match="never fitted"):
         network(values)
+
+
+class Residual(nn.Module):
+    """A ReLU behind an addition, read by a quantized layer and by a shortcut."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.norm, self.relu, self.conv = block
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, values):
+        out = self.relu(self.norm(values) + values)
+        return self.pool(self.conv(out)) + 3 * self.pool(out)[:, :4]
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_clipping_and_quantizing_behind_an_addition_is_the_same_in_one_pass(
+    scheme, activation, bits
+):
+    block, values = quantized_behind(scheme, ACTIVATIONS[activation], bits=bits)
+    together = Residual(block)
+    apart = copy.deepcopy(together)
+    upstream = torch.randn(6, 4, 1, 1)
+    with fused_norms(together):
+        assert together.relu.reader.quantizer is together.conv.input_quantizer
+        found = step(together, values, upstream)
+    with fused_norms(apart):
+        apart.relu.reader = Reader(apart.relu.reader.passes)
+        expected = step(apart, values, upstream)
+    assert torch.equal(found[0], expected[0])
+    for one, two in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-5, atol=float(5e-6 * two.abs().max()))
+
+
+@needs_compiler
+def test_what_was_quantized_for_a_layer_is_not_held_once_it_is_taken():
+    network, values = quantized_behind("lsq")
+    network = Residual(network)
+    seen = []
+    network.conv.register_forward_hook(lambda module, args, out: seen.append(vars(args[0])))
+    with fused_norms(network):
+        network(values)
+    assert seen == [{}]

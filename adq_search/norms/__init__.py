@@ -6,11 +6,12 @@ eight times, with an LSQ quantizer behind them included.
 
 - `_readers`: what reads a norm's output, in a trace of the network.
 - `_modules`: the classes that norms, ReLUs and layers have for the time of a block.
-- `_passes`: forward values and gradients; `norms.cpp` does the work.
+- `_passes`: forward values and gradients of norms; `norms.cpp` does the work.
+- `_rectified`: the same for ReLUs without a norm, behind a residual addition.
 """
 
 from adq_search.norms._modules import FusedNorm, fused_norms
-from adq_search.norms._readers import EVERYTHING, RANGES, Range, Reader, norm_readers
+from adq_search.norms._readers import EVERYTHING, RANGES, Range, Reader, find_readers
 
 __all__ = [
     "EVERYTHING",
@@ -18,6 +19,6 @@ __all__ = [
     "FusedNorm",
     "Range",
     "Reader",
+    "find_readers",
     "fused_norms",
-    "norm_readers",
 ]

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from adq_search.layers import mark_quantized
 from adq_search.norms import _passes
-from adq_search.norms._readers import EVERYTHING, RANGES, Range, Reader, norm_readers
+from adq_search.norms._readers import EVERYTHING, RANGES, Reader, find_readers
+from adq_search.norms._rectified import rectified
+from adq_search.quantizers import InputQuantizer
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def fused_norms(network: nn.Module) -> Iterator[None]:
     Args:
         network: In training mode.
     """
-    readers = norm_readers(network)
+    readers = find_readers(network)
     exchanged: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         for module in network.modules():
@@ -39,6 +41,7 @@ def fused_norms(network: nn.Module) -> Iterator[None]:
                 module.__dict__["reader"] = readers.get(module, Reader())
                 module.__class__ = FusedNorm
             elif kind in RANGES:
+                module.__dict__["reader"] = readers.get(module, Reader(RANGES[kind]))
                 module.__class__ = ONCE[kind]
             else:
                 continue
@@ -72,7 +75,7 @@ class FusedNorm(nn.BatchNorm2d):
             return super().forward(input)
         passes, quantizer = self.reader.passes, self.reader.quantizer
         norm = _passes.Norm(running_mean, running_variance, self._follow(), self.eps, passes)
-        if not _passes.fuses(quantizer):
+        if quantizer is None or not _passes.fuses(quantizer):
             out = _passes.normalized(input, self.weight, self.bias, norm)
         else:
             out = _passes.normalized(input, self.weight, self.bias, norm, quantizer)
@@ -90,14 +93,31 @@ class FusedNorm(nn.BatchNorm2d):
         return share or 0.0
 
 
-class _ReluOnce(nn.ReLU):
+class _Once(nn.Module):
+    """A clipping module that leaves alone what is clipped, and quantizes what its reader would.
+
+    Attributes:
+        reader: What comes behind it.
+    """
+
+    reader: Reader
+
     def forward(self, input: Tensor) -> Tensor:
-        return input if _is_clipped(input, nn.ReLU) else super().forward(input)
+        """Clip. # shape: any."""
+        passes, quantizer = self.reader.passes, self.reader.quantizer
+        if getattr(input, "clipped_to", None) == passes:
+            return input
+        if quantizer is None or not self.training or not _fuses(input, quantizer):
+            return super().forward(input)  # type: ignore[no-any-return]
+        out, quantized = rectified(input, passes, quantizer)
+        mark_quantized(out, quantizer, quantized)
+        return out
 
 
-class _Relu6Once(nn.ReLU6):
-    def forward(self, input: Tensor) -> Tensor:
-        return input if _is_clipped(input, nn.ReLU6) else super().forward(input)
+class _ReluOnce(_Once, nn.ReLU): ...
+
+
+class _Relu6Once(_Once, nn.ReLU6): ...
 
 
 #: By clipping module, one that leaves alone what is clipped.
@@ -114,6 +134,5 @@ def _takes(values: Tensor, *parameters: Tensor) -> bool:
     )
 
 
-def _is_clipped(values: Tensor, kind: type[nn.Module]) -> bool:
-    clipped_to: Range | None = getattr(values, "clipped_to", None)
-    return clipped_to == RANGES[kind]
+def _fuses(values: Tensor, quantizer: InputQuantizer) -> bool:
+    return _takes(values, *quantizer.parameters()) and _passes.fuses(quantizer)

@@ -48,6 +48,7 @@ LIBRARY = NativeLibrary(
         "uniform": "lpppppffpfppplll",
         "uniform_backward": "lppppppffpfppfpppplll",
         "thresholds": "lpppppffpplpppplll",
+        "add_shares": "lppffpllll",
         "open_sums": "lpppppffpllll",
         "uniform_by_sample": "lpppppffppppllll",
         "sample_slopes": "lppppppffppppppllll",
@@ -286,6 +287,19 @@ class _Adaptive(Function):
             *(*known, *ctx.passes, sums, products, shares, *found, *sizes),
         )
         return *found, None, None, grad_raw, *to_parameters
+
+
+def add_shares_(gradient: Tensor, y: Tensor, to_means: Tensor, passes: Range) -> None:
+    """Add what channel means pass back to the gradient of what was clipped into `y`, in place.
+
+    Args:
+        gradient: # shape: (N, C, height, width), channels last
+        y: Shape as `gradient`.
+        to_means: Gradient to the channel means of y, # shape: (N, C)
+        passes: Range of the clipping.
+    """
+    sizes = _by_sample(y)
+    LIBRARY.call("add_shares", y, (to_means / sizes[1]).contiguous(), *passes, gradient, *sizes)
 
 
 def _split(saved: tuple[Tensor, ...], *sizes: int) -> Iterator[tuple[Tensor, ...]]:

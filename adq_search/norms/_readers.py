@@ -31,11 +31,12 @@ class Reader:
     quantizer: InputQuantizer | None = None
 
 
-def norm_readers(network: nn.Module) -> dict[nn.Module, Reader]:
-    """Return the reader of every batch norm of two dimensions.
+def find_readers(network: nn.Module) -> dict[nn.Module, Reader]:
+    """Return the readers of batch norms of two dimensions, and of clipping modules without a norm.
 
-    A norm that is called several times has the same reader after each call, or none. What hooks
-    watch is left alone.
+    The quantizer of a clipping module is that of the first layer that reads it; others may read it
+    too. A module that is called several times has the same reader after each call, or none. What
+    hooks watch is left alone.
 
     Args:
         network: Traced by torch.fx; of a network that cannot be, no reader is known.
@@ -46,11 +47,20 @@ def norm_readers(network: nn.Module) -> dict[nn.Module, Reader]:
         return {}
     modules = dict(network.named_modules(remove_duplicate=False))
     found: dict[nn.Module, set[Reader]] = {}
+    behind_norms: set[fx.Node] = set()
     for node in graph.nodes:
-        norm = _called(node, modules)
-        if type(norm) is nn.BatchNorm2d and not norm._forward_hooks:
-            found.setdefault(norm, set()).add(_reader_of(node, modules))
-    return {norm: next(iter(all_of)) for norm, all_of in found.items() if len(all_of) == 1}
+        module = _called(node, modules)
+        if module is None or module._forward_hooks:
+            continue
+        if type(module) is nn.BatchNorm2d:
+            reader = _reader_of(node, modules)
+            found.setdefault(module, set()).add(reader)
+            behind_norms.update(node.users if reader.passes != EVERYTHING else ())
+        elif type(module) in RANGES and node not in behind_norms:
+            quantizers = [_quantizer_of(_called(user, modules)) for user in node.users]
+            known = next((quantizer for quantizer in quantizers if quantizer is not None), None)
+            found.setdefault(module, set()).add(Reader(RANGES[type(module)], known))
+    return {module: next(iter(all_of)) for module, all_of in found.items() if len(all_of) == 1}
 
 
 class _Tracer(fx.Tracer):
@@ -73,7 +83,11 @@ def _only_quantizer(
 ) -> InputQuantizer | None:
     """Return the input quantizer of the one layer that reads these nodes, if it is one."""
     layers = {_called(user, modules) for node in nodes for user in node.users}
-    layer = next(iter(layers)) if len(layers) == 1 else None
+    return _quantizer_of(next(iter(layers))) if len(layers) == 1 else None
+
+
+def _quantizer_of(layer: nn.Module | None) -> InputQuantizer | None:
+    """Return the input quantizer of a quantized layer, if no hook watches it."""
     if not isinstance(layer, QuantLayer) or layer._forward_pre_hooks:
         return None
     quantizer = layer.input_quantizer

@@ -607,3 +607,27 @@ extern "C" void shared_slopes(long half, const void* values, const float* weight
         });
     });
 }
+
+// Adds `shares`, # shape: (samples, channels), to gradients where clipped values are open.
+extern "C" void add_shares(long half, const void* values, const float* shares, float low, float high,
+                           void* gradients, long samples, long pixels, long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T* y = static_cast<const T*>(values);
+        T* grad = static_cast<T*>(gradients);
+        all.each(threads, [&](long sample, const auto each_line) {
+            const float* own = shares + sample * channels;
+            const std::vector<float> repeated = all.lines.repeated({own, own + channels});
+            const float* share = repeated.data();
+            each_line([&](long begin, long size) {
+#pragma omp simd
+                for (long j = 0; j < size; ++j) {
+                    const float value = load(y, begin + j), before = load(grad, begin + j);
+                    const bool is_open = (value > low) & (value < high);
+                    store(grad, begin + j, is_open ? before + share[j] : before);
+                }
+            });
+        });
+    });
+}

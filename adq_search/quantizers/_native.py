@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +18,33 @@ LIBRARY = NativeLibrary(
     headers=[BLOCKS],
     signatures={
         "uniform": "lpplfpplplll",
-        "uniform_backward": "lppplfpplfpplll",
+        "uniform_backward": "lppplfpplfpffpplll",
         "clipped": "lpplfplplll",
         "clipped_backward": "lppplfplfpplll",
         "codebook": "lpplppll",
         "thresholds": "lppplppppll",
         "thresholds_again": "lpppppll",
-        "thresholds_backward": "lpppppplpppll",
+        "thresholds_backward": "lpppppplppffppll",
     },
 )
 takes = LIBRARY.takes
+
+
+class Beside(NamedTuple):
+    """How else a gradient reaches values that a clipping returned.
+
+    Args:
+        gradient: That gradient, shape of the values.
+        low: Smallest value that the clipping lets through.
+        high: Largest one.
+    """
+
+    gradient: Tensor
+    low: float
+    high: float
+
+
+NOTHING: Final = (None, 0.0, 0.0)
 
 
 def uniform(values: Tensor, raw: Tensor, smallest: float, qmin: Tensor, qmax: Tensor) -> Tensor:
@@ -56,13 +74,19 @@ def uniform_backward(
     qmin: Tensor,
     qmax: Tensor,
     scale: float,
+    *,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients to `values` and to `raw`, the latter times `scale`."""
+    """Return the gradients to `values` and to `raw`, the latter times `scale`.
+
+    With a gradient `beside`, the first is that to what was clipped into `values`.
+    """
     grad_values, grad_raw = torch.empty_like(values), torch.empty_like(raw)
     LIBRARY.call(
         "uniform_backward",
         *(values, laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
-        *(qmin, qmax, qmin.numel() > 1, scale, grad_values, grad_raw, *_sizes(values, raw)),
+        *(qmin, qmax, qmin.numel() > 1, scale, *_laid_out(beside, values)),
+        *(grad_values, grad_raw, *_sizes(values, raw)),
     )
     return grad_values, grad_raw
 
@@ -156,6 +180,8 @@ def thresholds_backward(
     knots: Tensor,
     slopes: Tensor,
     qmin: Tensor,
+    *,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradient to `values`, and sums over the values of each interval.
 
@@ -167,6 +193,7 @@ def thresholds_backward(
         knots: Where intervals begin, # shape: (knots,)
         slopes: Of the interval right of each knot, # shape: (knots,)
         qmin: Code of the lowest level, # shape: ()
+        beside: As for `uniform_backward`.
 
     Returns:
         Gradient to the values; by interval, sums of R and of R times the distance from its left
@@ -177,9 +204,15 @@ def thresholds_backward(
     LIBRARY.call(
         "thresholds_backward",
         *(values, laid_out_as(upstream, values), index, in_scale, knots, slopes, n, qmin),
-        *(grad_values, sums, values.numel(), _threads()),
+        *(*_laid_out(beside, values), grad_values, sums, values.numel(), _threads()),
     )
     return grad_values, sums[:n], sums[n:-1], sums[-1]
+
+
+def _laid_out(beside: Beside | None, like: Tensor) -> tuple[Tensor | None, float, float]:
+    if beside is None:
+        return NOTHING
+    return laid_out_as(beside.gradient, like), beside.low, beside.high
 
 
 def _sizes(values: Tensor, raw: Tensor) -> tuple[int, int, int]:

@@ -143,11 +143,11 @@ class AsqInput(InputQuantizer):
         shape = self._sample_shape(values)
         if self._frozen_factor is not None:
             return self.step.new_full(shape, self._frozen_factor)
-        beta: Tensor = self.adapter(self._channel_means(values))
+        beta: Tensor = self.adapter(self.channel_means(values))
         return beta.view(shape)
 
-    def _channel_means(self, values: Tensor) -> Tensor:
-        """Average over all but samples and channels, # shape: (N, C)."""
+    def channel_means(self, values: Tensor) -> Tensor:
+        """Return averages over all but samples and channels, # shape: (N, C)."""
         batch, pooled = self._batch_and_pooled(values)
         dtype = computing_dtype(values, self.step)
         return batch.mean(dim=pooled, dtype=dtype) if pooled else batch.to(dtype)
@@ -225,7 +225,7 @@ class _Adaptive(Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, raw: Tensor, quantizer: AsqInput, *_: Tensor) -> Tensor:
-        beta, *parts = quantizer.adapter.trace(quantizer._channel_means(values))
+        beta, *parts = quantizer.adapter.trace(quantizer.channel_means(values))
         beta = beta.view(quantizer._sample_shape(values))
         s_a = raw.abs().clamp(min=EPS) * beta
         ctx.save_for_backward(values, s_a, quantizer.qmin, quantizer.qmax, raw, beta, *parts)

@@ -34,11 +34,23 @@ void sum_rows(const std::vector<float>& parts, long rows, long by_row, const flo
     }
 }
 
+// Add the gradient that reaches clipped values by another way, and let both through the clipping.
+template <class T>
+void join_block(const T* __restrict v, const T* __restrict beside, float low, float high,
+                T* __restrict grad, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i) {
+        const float value = load(v, i), both = load(grad, i) + load(beside, i);
+        store(grad, i, (value > low) & (value < high) ? both : 0.0f);
+    }
+}
+
 }  // namespace
 
 // What Python calls. Values, upstream gradients, outputs and gradients to values are float32, or
 // bfloat16 where `half`; all else is float32. `by_row` and `ranged`: one parameter, or one range,
-// for each row; else one in all.
+// for each row; else one in all. Values with gradients `beside` are what a clipping to [low, high]
+// returned; those to its input are found. Null where there is no clipping.
 
 extern "C" void uniform(long half, const void* values, const float* raw, long by_row, float smallest,
                         const float* qmin, const float* qmax, long ranged, void* out, long rows,
@@ -57,19 +69,22 @@ extern "C" void uniform(long half, const void* values, const float* raw, long by
 
 extern "C" void uniform_backward(long half, const void* values, const void* upstream,
                                  const float* raw, long by_row, float smallest, const float* qmin,
-                                 const float* qmax, long ranged, float scale, void* grad_values,
-                                 float* sums, long rows, long columns, long threads) {
+                                 const float* qmax, long ranged, float scale, const void* beside,
+                                 float low, float high, void* grad_values, float* sums, long rows,
+                                 long columns, long threads) {
     std::vector<float> parts(rows * blocks_of(columns));
     float* part = parts.data();
     typed(half, [=](auto kind) {
         using T = decltype(kind);
         const T *v = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
+        const T* other = static_cast<const T*>(beside);
         T* to = static_cast<T*>(grad_values);
         for_blocks(rows, columns, threads, [=](long block, long row, long at, long size) {
             const float s = positive(raw[by_row ? row : 0], smallest);
             const long range = ranged ? row : 0;
             part[block] =
                 uniform_slopes(v + at, r + at, s, qmin[range], qmax[range], to + at, size);
+            if (other) join_block(v + at, other + at, low, high, to + at, size);
         });
     });
     sum_rows(parts, rows, by_row, raw, scale, sums);
@@ -181,7 +196,8 @@ extern "C" void thresholds_again(long half, const void* values, const uint8_t* i
 extern "C" void thresholds_backward(long half, const void* values, const void* upstream,
                                     const uint8_t* index, const float* in_scale, const float* knots,
                                     const float* slopes, long n_knots, const float* qmin,
-                                    void* grad_values, float* sums, long n_values, long threads) {
+                                    const void* beside, float low, float high, void* grad_values,
+                                    float* sums, long n_values, long threads) {
     const Intervals known = {Lookup(knots, n_knots), Lookup(slopes, n_knots),
                              static_cast<int32_t>(n_knots - 1), *in_scale, *qmin};
     const long n_sums = 2 * n_knots + 1;
@@ -190,6 +206,7 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
     typed(half, [=, &known](auto kind) {
         using T = decltype(kind);
         const T *x = static_cast<const T*>(values), *gradient = static_cast<const T*>(upstream);
+        const T* other = static_cast<const T*>(beside);
         T* to = static_cast<T*>(grad_values);
         for_blocks(1, n_values, threads, [=, &known](long block, long, long at, long size) {
             float r[BLOCK], moment[BLOCK];
@@ -198,6 +215,7 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
             own[n_sums - 1] = interval_slopes(known, x + at, gradient + at, index + at, to + at, r,
                                               moment, interval, size);
             sums_by_interval(r, moment, interval, n_knots, own, size);
+            if (other) join_block(x + at, other + at, low, high, to + at, size);
         });
     });
     total_of(parts, n_sums, sums);

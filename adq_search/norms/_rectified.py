@@ -1,0 +1,135 @@
+"""Clipping and quantization in one, where others read what was clipped as well.
+
+Behind a residual addition a ReLU is read by the next layer, which quantizes it, and by the next
+shortcut. Apart, the backward pass goes over memory nine times: through the quantizer, for the sum
+with what comes by the shortcut, through the ReLU. Here it does so four times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from adq_search.norms import _passes
+from adq_search.norms._readers import Range
+from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput, _native
+from adq_search.quantizers._calibration import EPS
+from adq_search.quantizers._native import Beside
+from adq_search.quantizers._thresholds import Intervals, used_intervals
+from adq_search.quantizers._through import lsq_gradient_factor
+
+# torch leaves Function.apply without annotations.
+# mypy: disable-error-code="no-untyped-call"
+
+
+def rectified(values: Tensor, passes: Range, quantizer: InputQuantizer) -> tuple[Tensor, Tensor]:
+    """Clip values; return them, and them quantized.
+
+    Args:
+        values: # shape: (N, C, height, width), channels last
+        passes: Range of the clipping.
+        quantizer: One that `_passes.fuses`.
+    """
+    if isinstance(quantizer, LsqInput):
+        return _Uniform.apply(values, passes, quantizer, quantizer.step)  # type: ignore[no-any-return]
+    if isinstance(quantizer, N2uqInput):
+        return _Thresholds.apply(values, passes, quantizer, *quantizer.trained())  # type: ignore[no-any-return]
+    assert isinstance(quantizer, AsqInput)
+    trained = (quantizer.step, *quantizer.adapter.parameters())
+    return _Adaptive.apply(values, passes, quantizer, *trained)  # type: ignore[no-any-return]
+
+
+class _Uniform(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, passes: Range, quantizer: LsqInput, raw: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y = F.hardtanh(values, *passes)
+        ctx.save_for_backward(y, raw, quantizer.qmin, quantizer.qmax)
+        ctx.passes, ctx.n_features = passes, quantizer.n_features(y)
+        ctx.again = _uniform_again
+        return y, _native.uniform(y, raw, EPS, quantizer.qmin, quantizer.qmax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        beside, upstream = gradients
+        y, raw, qmin, qmax = ctx.saved_tensors
+        factor = lsq_gradient_factor(qmax, ctx.n_features)
+        grad, grad_raw = _native.uniform_backward(
+            y, upstream, raw, EPS, qmin, qmax, factor, beside=Beside(beside, *ctx.passes)
+        )
+        return grad, None, None, grad_raw
+
+
+def _uniform_again(ctx: Any) -> Tensor:
+    y, raw, qmin, qmax = ctx.saved_tensors
+    return _native.uniform(y, raw, EPS, qmin, qmax)
+
+
+class _Thresholds(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, passes: Range, quantizer: N2uqInput, *trained: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, used, n = F.hardtanh(values, *passes), used_intervals(*trained), quantizer.qmin
+        q, index = _native.thresholds(y, used.beta_1, used.thresholds(), used.step, n)
+        ctx.save_for_backward(y, n, index, *used, *trained)
+        ctx.passes = passes
+        ctx.again = _thresholds_again
+        return y, q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        beside, upstream = gradients
+        y, n, index, *rest = ctx.saved_tensors
+        used, trained = Intervals(*rest[:4]), rest[5:]
+        slopes = F.pad(used.step / used.a * used.beta_1, (0, 1))
+        grad, *sums = _native.thresholds_backward(
+            *(y, upstream, index, used.beta_1, used.knots, slopes, n),
+            beside=Beside(beside, *ctx.passes),
+        )
+        return grad, None, None, *used.gradients((sums[0], sums[1], sums[2]), *trained)
+
+
+def _thresholds_again(ctx: Any) -> Tensor:
+    y, n, index, *rest = ctx.saved_tensors
+    return _native.thresholds_again(y, index, Intervals(*rest[:4]).step, n)
+
+
+class _Adaptive(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, passes: Range, quantizer: AsqInput, raw: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y = F.hardtanh(values, *passes)
+        beta, *parts = quantizer.adapter.trace(quantizer.channel_means(y))
+        s_a = raw.abs().clamp(min=EPS) * beta
+        ctx.save_for_backward(y, s_a, quantizer.qmin, quantizer.qmax, raw, beta, *parts)
+        ctx.passes, ctx.quantizer = passes, quantizer
+        ctx.again = _adaptive_again
+        return y, _native.uniform(y, s_a, 0.0, quantizer.qmin, quantizer.qmax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        beside, upstream = gradients
+        y, s_a, qmin, qmax, raw, beta, *parts = ctx.saved_tensors
+        grad, grad_s_a = _native.uniform_backward(
+            y, upstream, s_a, 0.0, qmin, qmax, 1.0, beside=Beside(beside, *ctx.passes)
+        )
+        to_means, grad_raw, to_parameters = ctx.quantizer.trained_gradients(
+            grad_s_a, y, raw, beta, *parts
+        )
+        _passes.add_shares_(grad, y, to_means, ctx.passes)
+        return grad, None, None, grad_raw, *to_parameters
+
+
+def _adaptive_again(ctx: Any) -> Tensor:
+    y, s_a, qmin, qmax, *_ = ctx.saved_tensors
+    return _native.uniform(y, s_a, 0.0, qmin, qmax)
