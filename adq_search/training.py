@@ -174,6 +174,7 @@ def fit(
         return not is_past and epoch < settings.epochs and watch.should_stop()
 
     mean_loss = math.nan
+    network.train()
     with global_batch_norms(network, ranks), fused_norms(network):
         means = epoch_losses(
             network,
@@ -210,6 +211,7 @@ def fit_stack(
     Returns:
         One outcome a network, in the stack's order.
     """
+    stack.train()
     with fused_norms(stack):
         means = list(epoch_losses(stack, task, settings, teacher=teacher, seed=seed))
     return [_outcome(losses) for losses in zip(*means, strict=True)]

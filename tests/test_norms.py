@@ -12,7 +12,9 @@ from adq_search.convert import apply_policy_
 from adq_search.errors import QuantizerError
 from adq_search.norms import EVERYTHING, FusedNorm, Reader, find_readers, fused_norms
 from adq_search.policy import LayerPrecision, Policy
+from adq_search.tasks import load_task
 from adq_search.tasks.networks import small_resnet
+from adq_search.training import TrainingSettings, fit
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 LAST = torch.channels_last
@@ -342,3 +344,26 @@ def test_what_was_quantized_for_a_layer_is_not_held_once_it_is_taken():
     with fused_norms(network):
         network(values)
     assert seen == [{}]
+
+
+class Deep(nn.Module):
+    """What reads a norm differs between training and evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
+        self.relu, self.head = nn.ReLU(), nn.Linear(8, 10)
+        self.seen = []
+
+    def forward(self, images):
+        out = self.norm(self.conv(images))
+        self.seen.append(getattr(self.norm, "reader", None))
+        out = self.relu(out) + out if self.training else self.relu(out)
+        return self.head(out.mean(dim=(2, 3)))
+
+
+def test_a_training_run_traces_the_network_as_it_trains():
+    network = Deep().eval()
+    fit(network, load_task("digits"), TrainingSettings(epochs=1, batch_size=512), seed=0)
+    assert Reader() in network.seen
+    assert type(network.norm) is nn.BatchNorm2d
