@@ -8,7 +8,6 @@ from typing import Any
 
 from adq_search.errors import StorageError
 from adq_search.hosting import HostOptions
-from adq_search.plugins._outages import disk_is_out
 from adq_search.plugins._ray_installed import (
     RayTaskError,
     Searcher,
@@ -17,6 +16,7 @@ from adq_search.plugins._ray_installed import (
     cloudpickle,
     tune,
 )
+from adq_search.plugins._ray_room import disk_error, fault_of_disk
 from adq_search.plugins.optuna_artifacts import absolute_place
 from adq_search.plugins.ray_trainable import policy_trainable
 from adq_search.session import Session
@@ -54,9 +54,6 @@ def run_experiment(
         n_trials: How many to run.
         scheduler: Stops trials; None for none.
         interrupted: Last checkpoints of earlier trials, by the hash of the policy.
-
-    Raises:
-        StorageError: A disk of the driver is full or out of reach.
     """
     broken = _Broken()
     tuner = tune.Tuner(
@@ -84,16 +81,7 @@ def run_experiment(
             verbose=0,
         ),
     )
-    try:
-        return tuner.fit()
-    except Exception as error:
-        if (fault := _fault_of_disk(error)) is None:
-            raise
-        msg = (
-            f"A search must write its files, but a disk does not take them: {fault}. Make room, "
-            "then give --resume; nothing finished is lost."
-        )
-        raise StorageError(msg) from error
+    return tuner.fit()
 
 
 def first_fault(errors: Iterable[object]) -> StorageError | None:
@@ -101,9 +89,14 @@ def first_fault(errors: Iterable[object]) -> StorageError | None:
 
     Args:
         errors: Of the trials that were not tried again: what they raised, or Tune's text.
+
+    Returns:
+        A `DiskError` where the disk of the trial's machine is at fault.
     """
     for error in errors:
         if isinstance(error, RayTaskError):
+            if (fault := fault_of_disk(error.cause)) is not None:
+                return disk_error(fault)
             told = str(error).strip().splitlines()[-1].rstrip(".")
             msg = (
                 f"A Ray trial failed {_MAX_FAILURES + 1} times: {told}. Mend the cause, then give "
@@ -111,13 +104,6 @@ def first_fault(errors: Iterable[object]) -> StorageError | None:
             )
             return StorageError(msg)
     return None
-
-
-def _fault_of_disk(error: BaseException | None) -> BaseException | None:
-    """Return what a disk said that an error comes of, None where none did; Tune wraps errors."""
-    while error is not None and not disk_is_out(error):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 class _Broken(tune.Callback, tune.Stopper):

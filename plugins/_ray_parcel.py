@@ -24,12 +24,14 @@ class Parcel:
         name: SHA-256 of the content.
         task: The task's name, or `package.module:factory`.
         code: Fingerprint of the code that packed it.
+        home: The session's folder on the machine that packed it; absolute.
         content: The session, # shape: (bytes,)
     """
 
     name: str
     task: str
     code: str
+    home: str
     content: NDArray[np.uint8] = field(compare=False, repr=False)
 
     @classmethod
@@ -38,7 +40,8 @@ class Parcel:
         content = cloudpickle.dumps(session)  # type: ignore[no-untyped-call]
         task = session.plan.job.task
         name = hashlib.sha256(content).hexdigest()
-        return cls(name, task, code_fingerprint(task), np.frombuffer(content, dtype=np.uint8))
+        home = str(session.folder.resolve())
+        return cls(name, task, code_fingerprint(task), home, np.frombuffer(content, dtype=np.uint8))
 
 
 @functools.lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ the trials' checkpoints say all that a resumption needs.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from adq_search.donors import note_donor
 from adq_search.errors import AdqSearchError, StorageError
 from adq_search.files import read_json, write_atomic, write_json
 from adq_search.hosting import HostedTrial
@@ -26,6 +28,8 @@ from adq_search.stopping import FalseStops
 from adq_search.trial import TrialResult, fingerprint_of
 
 _FOLDER = "ray_trials"
+#: What a full disk and a full quota say to who writes.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -63,29 +67,28 @@ def records_of(folder: Path) -> list[RayRecord]:
     Raises:
         StorageError: One of them is damaged.
     """
-    found = []
-    for file in (folder / _FOLDER).glob("*.json"):
-        content = read_json(file, StorageError, what="Ray trial")
-        try:
-            record = RayRecord(**content)
-        except TypeError as error:
-            msg = (
-                f"The Ray trial {file} was written by another version ({error}). Remove the "
-                f"folder {file.parent} to go on from the results alone."
-            )
-            raise StorageError(msg) from error
-        found.append(replace(record, train_losses=tuple(record.train_losses)))
+    found = [_read_record(file) for file in (folder / _FOLDER).glob("*.json")]
     return sorted(found, key=lambda record: record.number)
+
+
+def record_of(folder: Path, policy_hash: str) -> RayRecord | None:
+    """Return the record of the policy with this hash, None where it has none.
+
+    Raises:
+        StorageError: It is damaged.
+    """
+    file = _record_file(folder, policy_hash)
+    return _read_record(file) if file.exists() else None
 
 
 def write_record(folder: Path, record: RayRecord) -> None:
     """Write a record, in the place of the policy's earlier one."""
-    write_json(folder / _FOLDER / f"{record.policy_hash}.json", asdict(record))
+    write_json(_record_file(folder, record.policy_hash), asdict(record))
 
 
 def remove_record(folder: Path, record: RayRecord) -> None:
     """Remove the record of a trial that measured nothing."""
-    (folder / _FOLDER / f"{record.policy_hash}.json").unlink(missing_ok=True)
+    _record_file(folder, record.policy_hash).unlink(missing_ok=True)
 
 
 def hosted_trials(session: Session) -> tuple[HostedTrial, ...]:
@@ -150,6 +153,8 @@ def adopt(
             source = there.weights_file(result.policy)
             _check_weights(source, result)
             write_atomic(session.weights_file(result.policy), lambda path: _copy(source, path))
+    if session.plan.job.training.warm_start and seed is None:
+        note_donor(session.folder, result.policy, result.donor)
     session.adopt(result)
     return result
 
@@ -187,6 +192,9 @@ def reconcile(session: Session, store: TrialStore) -> dict[str, tune.Checkpoint]
 
     Returns:
         The last checkpoint of each interrupted trial that has one, by the hash of its policy.
+
+    Raises:
+        OSError: There is no room for a result.
     """
     checkpoints: dict[str, tune.Checkpoint] = {}
     records = records_of(session.folder)
@@ -195,7 +203,10 @@ def reconcile(session: Session, store: TrialStore) -> dict[str, tune.Checkpoint]
             for checkpoint in store.checkpoints(record):
                 try:
                     adopt(session, checkpoint, record.policy_hash)
-                except (AdqSearchError, OSError):  # of an unfinished trial, or half-written
+                except (AdqSearchError, OSError) as error:
+                    if isinstance(error, OSError) and error.errno in _FULL:
+                        raise
+                    # Of an unfinished trial, or half-written.
                     checkpoints.setdefault(record.policy_hash, checkpoint)
                 else:
                     checkpoints.pop(record.policy_hash, None)
@@ -211,6 +222,23 @@ def reconcile(session: Session, store: TrialStore) -> dict[str, tune.Checkpoint]
             record = RayRecord(file.stem, number, "", "", dict(params), origin, "", "")
             write_record(session.folder, record)
     return checkpoints
+
+
+def _record_file(folder: Path, policy_hash: str) -> Path:
+    return folder / _FOLDER / f"{policy_hash}.json"
+
+
+def _read_record(file: Path) -> RayRecord:
+    content = read_json(file, StorageError, what="Ray trial")
+    try:
+        record = RayRecord(**content)
+    except TypeError as error:
+        msg = (
+            f"The Ray trial {file} was written by another version ({error}). Remove the "
+            f"folder {file.parent} to go on from the results alone."
+        )
+        raise StorageError(msg) from error
+    return replace(record, train_losses=tuple(record.train_losses))
 
 
 def _check_weights(file: Path, result: TrialResult) -> None:

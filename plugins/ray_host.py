@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import optuna
 
-from adq_search.errors import SpaceError, StorageError
+from adq_search.errors import StorageError
 from adq_search.files import read_json
 from adq_search.hosting import HostOptions, HostOutcome, alone_in
 from adq_search.plan import Plan, check_fingerprint
 from adq_search.plugins._ray_cluster import check_cluster, cluster
 from adq_search.plugins._ray_experiment import first_fault, run_experiment, storage_place
+from adq_search.plugins._ray_home import serve
+from adq_search.plugins._ray_installed import tune
 from adq_search.plugins._ray_records import (
     TrialStore,
     false_stops,
@@ -23,6 +25,7 @@ from adq_search.plugins._ray_records import (
     records_of,
 )
 from adq_search.plugins._ray_replicates import run_replicates
+from adq_search.plugins._ray_room import despite_full_disks
 from adq_search.plugins.optuna_sampler import make_sampler
 from adq_search.plugins.ray_recorder import SessionRecorder
 from adq_search.plugins.ray_scheduler import make_scheduler
@@ -31,11 +34,14 @@ from adq_search.plugins.ray_status import read_status
 from adq_search.progress import Progress
 from adq_search.session import Session
 from adq_search.status import StudyStatus
-from adq_search.stopping import settled
+from adq_search.stopping import SearchEnd, settled
 from adq_search.trial import TrialResult
 
 #: Experiments in a row that may lose a trial to machines that failed before it began.
 _MAX_ROUNDS = 5
+
+#: A result with the mean training loss of each epoch.
+Known = tuple[TrialResult, tuple[float, ...]]
 
 
 class RayHost:
@@ -58,12 +64,6 @@ class RayHost:
                 "Leave --dashboard out."
             )
             raise StorageError(msg)
-        if plan.job.training.warm_start:
-            msg = (
-                "Trials on other machines have no finished networks to begin from. Leave "
-                "'training.warm_start' out, or choose the host 'optuna'."
-            )
-            raise SpaceError(msg)
         TrialStore(storage_place(folder, options))
         is_begun = (folder / "session.json").exists()
         if options.resume and not is_begun:
@@ -83,56 +83,15 @@ class RayHost:
     def run(self, session: Session, options: HostOptions, progress: Progress) -> HostOutcome:
         """Measure policies until the job's number of trials is reached, or its stop rule is met.
 
+        Where a disk is full, the search waits until there is room, and goes on.
+
         Raises:
-            StorageError: A trial failed again and again, for the reason told, or another run is at
-                work in the folder.
+            StorageError: A trial failed again and again, for the reason told, a disk had no room
+                for long, or another run is at work in the folder.
         """
-        plan = session.plan
-        store = TrialStore(storage_place(session.folder, options))
-        n_rejected = n_repeated = 0
-        with alone_in(session.folder), cluster(options):
-            for _ in range(_MAX_ROUNDS):
-                checkpoints = reconcile(session, store)
-                known = measured_records(session)
-                end = settled(plan, [result for result, _ in known])
-                n_missing = plan.job.search.trials - len(known)
-                if n_missing <= 0 or end is not None:
-                    break
-                scheduler = make_scheduler(plan, known)
-                recorder = SessionRecorder(session, progress, scheduler=scheduler)
-                searcher = _searcher(session, known, recorder)
-                results = run_experiment(
-                    session,
-                    options,
-                    searcher,
-                    [recorder],
-                    name=options.study,
-                    n_trials=n_missing,
-                    scheduler=scheduler,
-                    interrupted=checkpoints,
-                )
-                n_rejected += searcher.n_rejected
-                n_repeated += searcher.n_repeated
-                end = recorder.end
-                if not results.num_errors:
-                    break
-                if (fault := first_fault(results.errors)) is not None:
-                    raise fault
-            else:
-                told = str(results.errors[0]).strip().splitlines()[-1]
-                msg = (
-                    f"Trials were lost in {_MAX_ROUNDS} experiments in a row: {told} Give --resume "
-                    "once machines and disks are well; nothing finished is lost."
-                )
-                raise StorageError(msg)
-            run_replicates(session, options, progress)
-            return HostOutcome(
-                hosted_trials(session),
-                n_rejected=n_rejected,
-                n_repeated=n_repeated,
-                end=end,
-                false_stops=false_stops(session),
-            )
+        with alone_in(session.folder):
+            search = _Search(session, options, progress)
+            return despite_full_disks(search.go_on, session.folder)
 
     def status_in(self, folder: Path) -> StudyStatus:
         """Look at the search in a folder without touching it.
@@ -143,10 +102,87 @@ class RayHost:
         return read_status(folder)
 
 
+class _Search:
+    """A search, as experiments that follow one another.
+
+    Args:
+        session: The prepared job.
+        options: What the user asked of the host.
+        progress: Told how many trials are finished.
+    """
+
+    def __init__(self, session: Session, options: HostOptions, progress: Progress) -> None:
+        self._session = session
+        self._options = options
+        self._progress = progress
+        self._store = TrialStore(storage_place(session.folder, options))
+        self._n_rejected = self._n_repeated = 0
+
+    def go_on(self) -> HostOutcome:
+        """Run what is missing, from whatever state the search was left in."""
+        session = self._session
+        with cluster(self._options):
+            if session.plan.job.training.warm_start:
+                serve(session.folder)
+            end = self._run_trials()
+            run_replicates(session, self._options, self._progress)
+        return HostOutcome(
+            hosted_trials(session),
+            n_rejected=self._n_rejected,
+            n_repeated=self._n_repeated,
+            end=end,
+            false_stops=false_stops(session),
+        )
+
+    def _run_trials(self) -> SearchEnd | None:
+        """Run experiments until no trial is missing; return why the search ended before that."""
+        plan = self._session.plan
+        told = ""
+        for _ in range(_MAX_ROUNDS):
+            checkpoints = reconcile(self._session, self._store)
+            known = measured_records(self._session)
+            end = settled(plan, [result for result, _ in known])
+            n_missing = plan.job.search.trials - len(known)
+            if n_missing <= 0 or end is not None:
+                return end
+            results, end = self._experiment(known, checkpoints, n_missing)
+            if not results.num_errors:
+                return end
+            if (fault := first_fault(results.errors)) is not None:
+                raise fault
+            told = str(results.errors[0]).strip().splitlines()[-1]
+        msg = (
+            f"Trials were lost in {_MAX_ROUNDS} experiments in a row: {told} Give --resume once "
+            "machines and disks are well; nothing finished is lost."
+        )
+        raise StorageError(msg)
+
+    def _experiment(
+        self, known: Sequence[Known], interrupted: Mapping[str, tune.Checkpoint], n_trials: int
+    ) -> tuple[tune.ResultGrid, SearchEnd | None]:
+        """Run an experiment; return its results, and why it ended before its last trial."""
+        session = self._session
+        scheduler = make_scheduler(session.plan, known)
+        # The searcher proposes no policy twice: there is nobody who would ask about the folder.
+        recorder = SessionRecorder(session, self._progress, scheduler=scheduler, serves=False)
+        searcher = _searcher(session, known, recorder)
+        results = run_experiment(
+            session,
+            self._options,
+            searcher,
+            [recorder],
+            name=self._options.study,
+            n_trials=n_trials,
+            scheduler=scheduler,
+            interrupted=interrupted,
+        )
+        self._n_rejected += searcher.n_rejected
+        self._n_repeated += searcher.n_repeated
+        return results, recorder.end
+
+
 def _searcher(
-    session: Session,
-    known: Sequence[tuple[TrialResult, tuple[float, ...]]],
-    recorder: SessionRecorder,
+    session: Session, known: Sequence[Known], recorder: SessionRecorder
 ) -> PolicySearcher:
     """Return a searcher that knows what is measured, and begins with what was interrupted."""
     measured = {result.policy.hash for result, _ in known}

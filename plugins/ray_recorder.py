@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adq_search.errors import AdqSearchWarning
+from adq_search.plugins._ray_home import serve
 from adq_search.plugins._ray_installed import Trial, tune
 from adq_search.plugins._ray_records import (
     RayRecord,
@@ -31,12 +34,17 @@ class SessionRecorder(tune.Callback):
     as soon as it ends, whatever becomes of the driver afterwards. A trial that a scheduler stopped
     is recorded as stopped, without accuracy: it is on no front.
 
+    While the experiment runs, its trials may ask about the folder: a policy that has ended already
+    is not trained again, whoever proposes it, and a warm trial gets its donor's weights.
+
     Args:
         session: The prepared job, the one that `policy_trainable` was made of.
         progress: Told how many trials are finished.
         scheduler: The experiment's, where it is ours: what it condemned and spared is recorded.
+        serves: Whether trials may ask about the folder; a process on the driver's machine answers.
 
     Attributes:
+        n_repeated: Trials of this experiment whose policy had ended already.
         end: Why the search is to end before its last trial, by the job's stop rule; None where it
             is not.
     """
@@ -47,10 +55,13 @@ class SessionRecorder(tune.Callback):
         progress: Progress | None = None,
         *,
         scheduler: FrontScheduler | None = None,
+        serves: bool = True,
     ) -> None:
         self._session = session
         self._progress = progress or NoProgress()
         self._scheduler = scheduler
+        self._serves = serves
+        self.n_repeated = 0
         self.end: SearchEnd | None = None
         self._records = {record.policy_hash: record for record in records_of(session.folder)}
         self._results = {r.policy.hash: r for r, _ in measured_records(session)}
@@ -63,12 +74,21 @@ class SessionRecorder(tune.Callback):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(reopen(Path(state["folder"])))  # type: ignore[misc]  # from the folder alone
 
+    def setup(
+        self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any
+    ) -> None:
+        """Let the trials ask about the folder."""
+        if self._serves:
+            serve(self._session.folder)
+
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Record a trial, or another attempt of one."""
+        """Record a trial, or another attempt of one, unless its policy has a result."""
         session = self._session
         policy = session.plan.space.policy_of(trial.config)
+        if session.result_of(policy) is not None:
+            return
         assert trial.storage is not None
         place = f"{trial.storage.experiment_dir_name}/{trial.storage.trial_dir_name}"
         known = self._records.get(policy.hash)
@@ -96,6 +116,8 @@ class SessionRecorder(tune.Callback):
         **info: Any,
     ) -> None:
         """Record who runs a trial, for who looks at the search meanwhile."""
+        if result.get("repeated"):
+            return
         record = self._records.get(result.get("policy_hash", ""))
         if record is not None and record.worker != _worker_of(result):
             self._keep(replace(record, worker=_worker_of(result)))
@@ -105,24 +127,24 @@ class SessionRecorder(tune.Callback):
     ) -> None:
         """Bring home what a trial measured, or record that it was stopped."""
         last = trial.last_result or {}
+        if last.get("repeated"):
+            self.n_repeated += 1
+            return
         record = self._records.get(last.get("policy_hash", ""))
         if record is None:
             return
         if last["state"] == OVER_BUDGET:
             remove_record(self._session.folder, self._records.pop(record.policy_hash))
             return
-        if last["state"] == RUNNING:
-            result = self._stopped(trial)
-            self._session.adopt(result)
-        else:
-            assert trial.checkpoint is not None, "the last report has one"
-            result = adopt(self._session, trial.checkpoint, record.policy_hash)
+        if last["warning"]:
+            warnings.warn(last["warning"], AdqSearchWarning, stacklevel=2)
         losses = tuple(last["train_losses"])
         condemned = self._scheduler is not None and trial.trial_id in self._scheduler.condemned
+        # The record goes first: who finds the result finds its curve.
         self._keep(
             replace(record, worker=_worker_of(last), train_losses=losses, condemned=condemned)
         )
-        self._results[record.policy_hash] = result
+        self._results[record.policy_hash] = self._brought_home(trial)
         self.end = settled(self._session.plan, list(self._results.values()))
         self._tell()
 
@@ -133,6 +155,15 @@ class SessionRecorder(tune.Callback):
     def _keep(self, record: RayRecord) -> None:
         write_record(self._session.folder, record)
         self._records[record.policy_hash] = record
+
+    def _brought_home(self, trial: Trial) -> TrialResult:
+        last = trial.last_result
+        if last["state"] == RUNNING:
+            result = self._stopped(trial)
+            self._session.adopt(result)
+            return result
+        assert trial.checkpoint is not None, "the last report has one"
+        return adopt(self._session, trial.checkpoint, last["policy_hash"])
 
     def _stopped(self, trial: Trial) -> TrialResult:
         plan = self._session.plan
@@ -151,6 +182,8 @@ class SessionRecorder(tune.Callback):
             train_s=float(last["time_total_s"]),
             reason=f"stopped by Tune's scheduler after epoch {epochs}",
             seed=plan.job.search.seed,
+            donor=last["donor"],
+            epochs_before=int(last["epochs_before"]),
         )
 
     def _tell(self) -> None:

@@ -106,13 +106,16 @@ class FrontScheduler(FIFOScheduler):
 
     def _finished(self, tune_controller: TuneController, epoch: int) -> Iterator[Finished]:
         """Yield the trials that are finished and complete; one that was stopped is neither."""
-        trials = [
-            (tuple(float(last[name]) for name in self._names), last["train_losses"])
+        trials = {  # one of each policy: a repeated one tells nothing new
+            last["policy_hash"]: (
+                tuple(float(last[name]) for name in self._names),
+                last["train_losses"],
+            )
             for trial in tune_controller.get_trials()  # type: ignore[no-untyped-call]
             if trial.status == Trial.TERMINATED
             and (last := trial.last_result or {}).get("state") == "complete"
-        ]
-        for values, losses in (*self._known, *trials):
+        }
+        for values, losses in (*self._known, *trials.values()):
             yield Finished(values, losses[epoch - 1] if len(losses) >= epoch else None)
 
 

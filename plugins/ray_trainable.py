@@ -16,20 +16,24 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from adq_search.donors import bring_donor, donor_result, is_donor_chosen
+from adq_search.errors import StorageError
 from adq_search.job import MEASURED
 from adq_search.plan import Plan
+from adq_search.plugins._ray_home import donor_at_home, measured_at_home
 from adq_search.plugins._ray_installed import tune
 from adq_search.plugins._ray_parcel import Parcel, opened
 from adq_search.policy import Policy
 from adq_search.session import Session
 from adq_search.space import Parameter
+from adq_search.trial import TrialResult
 
 #: State of a draw that no training was spent on.
 OVER_BUDGET = "over budget"
@@ -65,6 +69,12 @@ def policy_trainable(
     A Tune checkpoint of a trial is a session's folder with this trial alone: after some epochs (as
     `training.checkpoint_every_s` says) its training checkpoint, with the last report its result and
     weights. A trial that is restored goes on from there, bit for bit.
+
+    A policy that has ended already in the session's folder is not trained again: its trial reports
+    what is recorded, with `repeated` set, and no checkpoint. Of two that run at once, both are
+    trained. Warm trials (`training.warm_start`) begin from the donor that the folder names, and
+    from the teacher, with a `warning`, where its weights cannot be had. Both need a
+    `SessionRecorder` among the callbacks, which answers for the folder.
 
     A configuration with a `replicate_seed` measures its policy with that seed, as a replicate.
 
@@ -110,17 +120,22 @@ def adq_policy(
     policy = plan.space.policy_of(params)
     totals = plan.totals(policy)
     excess = plan.excess(totals)
-    known = {**totals, "constraints": excess, "policy_hash": policy.hash}
+    known = {**_UNTOLD, **totals, "constraints": excess, "policy_hash": policy.hash}
     if any(amount > 0.0 for amount in excess.values()):
         tune.report({**_UNMEASURED, **known, "state": OVER_BUDGET, "training_iteration": 0})
+        return
+    earlier = measured_at_home(parcel.home, policy.hash) if seed is None else None
+    if earlier is not None:
+        tune.report({**known, **_report_of(earlier.result, earlier.train_losses), "repeated": True})
         return
     with tempfile.TemporaryDirectory() as folder:
         own = replace(session, folder=Path(folder))
         _take_up(own, tune.get_checkpoint(), interrupted.get(policy.hash))
+        if plan.job.training.warm_start:
+            known |= _begin_warm(own, policy, parcel.home, may_be_cold=seed is None)
         epochs = _Epochs(own, policy, known, seed=seed)
         result = own.measure(policy, epochs, checkpoint=epochs.checkpoint, seed=seed)
-        measured = {name: getattr(result, name) for name in MEASURED}
-        report = {**known, **_numbers(measured), **epochs.report_of(result.epochs, result.state)}
+        report = {**known, **_report_of(result, epochs.losses)}
         tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
@@ -132,8 +147,40 @@ def _take_up(
         restored.to_directory(session.folder)
     elif interrupted is not None:
         interrupted.to_directory(session.folder)
-        for half_written in ("trials", "weights"):
+        for half_written in ("trials", "weights", "donors"):
             shutil.rmtree(session.folder / half_written, ignore_errors=True)
+
+
+def _begin_warm(
+    session: Session, policy: Policy, home: str, *, may_be_cold: bool
+) -> dict[str, Any]:
+    """Bring a trial's donor into its folder, unless an earlier attempt did.
+
+    Args:
+        session: With the trial's own folder.
+        policy: What is to be trained.
+        home: The search's folder on the driver's machine.
+        may_be_cold: Whether training may begin from the teacher where the donor cannot be had.
+
+    Returns:
+        What is reported of the donor.
+
+    Raises:
+        StorageError: The donor cannot be had, and training may not begin from the teacher.
+    """
+    warning = ""
+    if not is_donor_chosen(session.folder, policy):
+        try:
+            files = donor_at_home(home, policy)
+        except StorageError as error:
+            if not may_be_cold:
+                raise
+            files, warning = None, f"Policy {policy.hash} is trained from the teacher. {error}"
+        bring_donor(session.folder, policy, files)
+    donor = donor_result(session.folder, policy)
+    if donor is None:
+        return {"warning": warning}
+    return {"donor": donor.policy.hash, "epochs_before": donor.epochs + donor.epochs_before}
 
 
 class _Epochs:
@@ -144,6 +191,7 @@ class _Epochs:
 
     Attributes:
         checkpoint: Where the trial saves itself.
+        losses: Mean training loss of each epoch so far.
     """
 
     def __init__(
@@ -153,16 +201,20 @@ class _Epochs:
         self._folder = session.folder
         self._known = known
         self._n_epochs = session.plan.job.training.epochs
-        self._losses: list[float] = []
+        self.losses: list[float] = []
         self._saved_epoch = 0
 
     def report(self, epoch: int, loss: float) -> None:
         """Take the mean training loss of an epoch."""
-        self._losses.append(loss)
+        self.losses.append(loss)
         if self.checkpoint.resumed_epochs < epoch < self._n_epochs:
             is_saved = self._saved_epoch == epoch
             tune.report(
-                {**_UNMEASURED, **self._known, **self.report_of(epoch, RUNNING)},
+                {
+                    **_UNMEASURED,
+                    **self._known,
+                    **_training_report(epoch, RUNNING, self.losses),
+                },
                 checkpoint=tune.Checkpoint.from_directory(self._folder) if is_saved else None,
             )
 
@@ -170,24 +222,32 @@ class _Epochs:
         """Never stop: Tune does."""
         return False
 
-    def report_of(self, epoch: int, state: str) -> dict[str, Any]:
-        """Return what is reported of training."""
-        return {
-            "training_iteration": epoch,
-            "state": state,
-            "train_loss": self._losses[-1] if self._losses else math.nan,
-            "train_losses": list(self._losses),
-        }
-
     def _note(self, epoch: int) -> None:
         self._saved_epoch = epoch
 
 
 _UNMEASURED = {"train_loss": math.nan, "train_losses": [], **dict.fromkeys(MEASURED, math.nan)}
+_UNTOLD = {"repeated": False, "donor": None, "epochs_before": 0, "warning": ""}
 
 
-def _numbers(figures: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else value for name, value in figures.items()}
+def _training_report(epoch: int, state: str, losses: Sequence[float]) -> dict[str, Any]:
+    return {
+        "training_iteration": epoch,
+        "state": state,
+        "train_loss": losses[-1] if losses else math.nan,
+        "train_losses": list(losses),
+    }
+
+
+def _report_of(result: TrialResult, losses: Sequence[float]) -> dict[str, Any]:
+    """Return the last report of a trial; what was not measured is NaN."""
+    figures = {name: getattr(result, name) for name in MEASURED}
+    return {
+        **{name: math.nan if value is None else value for name, value in figures.items()},
+        **_training_report(result.epochs, result.state, losses),
+        "donor": result.donor,
+        "epochs_before": result.epochs_before,
+    }
 
 
 def _domain(parameter: Parameter) -> Any:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from optuna.samplers import RandomSampler
 
-from adq_search.errors import AdqSearchError, SpaceError, StorageError
+from adq_search.errors import AdqSearchError, StorageError
 from adq_search.hosting import HostOptions
 from adq_search.job import read_job
 from adq_search.plan import plan
+from adq_search.plugins._ray_home import Home, Measured
 from adq_search.plugins._ray_records import (
     RayRecord,
     TrialStore,
@@ -250,6 +251,34 @@ def test_results_of_the_other_host_get_records(session):
     assert hosted.origin == session.seeds[2].origin
 
 
+def test_trials_are_told_what_is_measured_with_its_curve(session):
+    first, second = (seed.policy for seed in session.seeds[:2])
+    home = Home(str(session.folder))
+    record_for(session, first, train_losses=(0.9, 0.8))
+    assert home.measured(first.hash) is None  # it has begun
+    result = session.measure(first)
+    assert home.measured(first.hash) == Measured(result, (0.9, 0.8))
+    assert home.measured(second.hash) is None
+    session.measure(second)  # by another host: without a record
+    assert home.measured(second.hash).train_losses == ()
+
+
+def test_trials_are_told_one_donor_whatever_finishes_meanwhile(session):
+    first, second, third = (seed.policy for seed in session.seeds[:3])
+    home = Home(str(session.folder))
+    assert home.donor(first) is None
+    session.measure(second)
+    found = home.donor(third)
+    assert found.policy_hash == second.hash
+    assert found.weights == session.weights_file(second).read_bytes()
+    session.measure(first)
+    assert home.donor(third) == found
+    assert home.donor(first) is None
+    session.weights_file(second).unlink()
+    with pytest.raises(StorageError, match="has lost them"):
+        home.donor(third)
+
+
 def test_condemned_trials_are_followed_to_their_end(session):
     """Three condemned: one stopped, one spared in vain, one spared and on the front."""
     job = session.plan.job.with_search(pruner="front").with_training(epochs=4)
@@ -289,12 +318,6 @@ def test_a_damaged_record_is_told(session):
 def test_impossible_wishes_are_refused_before_training(session, tmp_path, options, match):
     with pytest.raises(StorageError, match=match):
         RayHost().check(session.plan, tmp_path / "new", HostOptions("tiny", **options))
-
-
-def test_a_warm_start_is_refused(session, tmp_path):
-    warm = plan(session.plan.job.with_training(warm_start=True))
-    with pytest.raises(SpaceError, match="warm_start"):
-        RayHost().check(warm, tmp_path / "new", HostOptions("tiny"))
 
 
 def test_a_folder_is_continued_only_when_asked_and_only_its_own_job(session):
