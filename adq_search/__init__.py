@@ -13,6 +13,7 @@ from adq_search.convert import (
 )
 from adq_search.errors import AdqSearchError
 from adq_search.hardware import CostReport, cost
+from adq_search.norms import fused_norms
 from adq_search.pareto import Objective, front_indices, hypervolume
 from adq_search.policy import FLOAT, LayerPrecision, Policy, load_policy, save_policy
 from adq_search.tracing import ModelSummary, trace
@@ -26,6 +27,7 @@ __all__ = [
     "save_policy",
     # putting a policy on a network
     "apply_policy_",
+    "fused_norms",
     "measure_health",
     "quantized_layers",
     "reestimate_batch_norm_",

@@ -29,10 +29,7 @@ from adq_search.norms._readers import Range
 from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput
 from adq_search.quantizers._calibration import EPS
 from adq_search.quantizers._native import BLOCKS
-from adq_search.quantizers._thresholds import (
-    Intervals,
-    used_intervals,
-)
+from adq_search.quantizers._thresholds import Intervals, used_intervals
 from adq_search.quantizers._through import lsq_gradient_factor
 
 # torch leaves Function.apply without annotations.
@@ -203,10 +200,8 @@ class _Thresholds(Function):
         out_scale: Tensor,
     ) -> Tensor:
         out, index = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
-        known, used = (
-            (weight, bias, *norm.statistics(x)),
-            used_intervals(start, widths, in_scale, out_scale),
-        )
+        known = (weight, bias, *norm.statistics(x))
+        used = used_intervals(start, widths, in_scale, out_scale)
         cuts = used.thresholds()
         levels = (used.beta_1, cuts, cuts.numel(), used.step, n)
         LIBRARY.call("thresholds", x, *known, *norm.passes, *levels, out, index, *_sizes(x))
