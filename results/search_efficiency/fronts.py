@@ -3,10 +3,14 @@
 import csv
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from adq_search.pareto import front_indices
 
+HERE = Path(__file__).parent
+#: Job files that `trained.py` runs; the first is the default.
+JOBS = ("deep_digits", "deep_mnist5k")
 DIRECTIONS = ("maximize", "minimize")
 #: Numbers of trials at which fronts are compared.
 MARKS = (13, 40, 60, 100, 240, 400)
@@ -37,6 +41,19 @@ class Found:
     points: list = field(default_factory=list)
     kls: list = field(default_factory=list)
     suggest_s: list = field(default_factory=list)
+
+
+def folder_of(job):
+    """Return where the tables of a job lie; the report of a job is named as this folder."""
+    return HERE / ("trained" if job == JOBS[0] else f"trained_{job.removeprefix('deep_')}")
+
+
+def label(key):
+    """Return the name of a search, given as sampler and whether seeds come first."""
+    name, is_seeded = key
+    if name == "guide":
+        return "ours"
+    return f"seeds, then {name}" if is_seeded else name
 
 
 def read_searches(folder):

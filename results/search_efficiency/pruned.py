@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import torch
+from samplers import FEW
 
 from adq_search.distill import Teacher
 from adq_search.guide import additive_costs
@@ -49,23 +50,12 @@ SETTINGS = {
     "rungs 1 to 5, 0.8": {"rungs": (1, 2, 3, 4, 5), "confidence": 0.8},
     "rungs 1 to 5, 0.9": {"rungs": (1, 2, 3, 4, 5), "confidence": 0.9},
 }
-SAMPLERS = {
-    "guide": lambda p, s: PolicySampler(
-        p.space,
-        prior=p.prior,
-        costs={"cost": p.cost_rows},
-        objectives=("accuracy", "cost"),
-        seed=s,
-    ),
-    "TPE multivariate": lambda _, s: optuna.samplers.TPESampler(multivariate=True, seed=s),
-    "random": lambda _, s: optuna.samplers.RandomSampler(seed=s),
-}
 
 
 def simulated(sampler, setting, seed, n_epochs):
     """Run a study until its epochs are spent, and return its figures."""
     problem = published_problem(seed=seed)
-    study = optuna.create_study(directions=DIRECTIONS, sampler=SAMPLERS[sampler](problem, seed))
+    study = optuna.create_study(directions=DIRECTIONS, sampler=FEW[sampler](problem, seed))
     pruner = FrontPruner(**SETTINGS[setting], seed=seed) if SETTINGS[setting] else None
     space = {p.name: distribution(p) for p in problem.space.parameters}
     finished, spent = [], 0
@@ -104,7 +94,7 @@ class Forest:
     def sampler(self, name, seed):
         if name == "guide":
             return PolicySampler(objectives=("kl", "energy_pj"), seed=seed, **self.known)
-        return SAMPLERS[name](None, seed)
+        return FEW[name](None, seed)
 
 
 def grown(forest, sampler, setting, seed, n_epochs):
@@ -193,7 +183,7 @@ def summary(rows):
 
 
 def rows_of_simulator(seeds, trials):
-    for sampler in SAMPLERS:
+    for sampler in FEW:
         yield from searched("simulator", sampler, seeds, 9 * trials, simulated)
 
 
@@ -202,7 +192,7 @@ def rows_of_forest(seeds, trials, planned, table):
     epochs = planned.job.training.epochs
     rows = [
         row
-        for sampler in SAMPLERS
+        for sampler in FEW
         for row in searched("forest", sampler, seeds, epochs * trials, partial(grown, forest))
     ]
     return shares(rows, max(r["hypervolume"] for r in rows))

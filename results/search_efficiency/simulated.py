@@ -16,11 +16,13 @@ import json
 import statistics
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import optuna
 from figures import colour_of, draw
+from samplers import PLAIN, guided
 
 from adq_search.guide import decisions_of, sweep
 from adq_search.pareto import front_indices
@@ -36,23 +38,9 @@ MOST = {"GP": 100}
 TARGETS = {50: 0.98, 400: 0.995}
 
 
-def guide_of(problem, seed, *, has_prior):
-    return PolicySampler(
-        problem.space,
-        prior=problem.prior if has_prior else None,
-        costs={"cost": problem.cost_rows},
-        objectives=("accuracy", "cost"),
-        seed=seed,
-    )
-
-
-SAMPLERS = {
-    "random": lambda _, s: optuna.samplers.RandomSampler(seed=s),
-    "TPE multivariate": lambda _, s: optuna.samplers.TPESampler(multivariate=True, seed=s),
-    "NSGA-II": lambda _, s: optuna.samplers.NSGAIISampler(population_size=24, seed=s),
-    "GP": lambda _, s: optuna.samplers.GPSampler(seed=s),
-    "guide without prior": lambda p, s: guide_of(p, s, has_prior=False),
-    "guide": lambda p, s: guide_of(p, s, has_prior=True),
+SAMPLERS = PLAIN | {
+    "guide without prior": partial(guided, has_prior=False),
+    "guide": guided,
     "guide, space alone": lambda p, s: PolicySampler(p.space, seed=s),
 }
 

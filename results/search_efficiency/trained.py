@@ -1,21 +1,24 @@
 """Search real training with several samplers, and record every policy that was measured.
 
-Usage: python results/search_efficiency/trained.py [--seeds 0 1 2 3 4] [--rounds N] [--retrain]
+Usage: python results/search_efficiency/trained.py [--job deep_digits] [--seeds 0 1 2 3 4]
+       [--rounds N] [--only SEARCH ...] [--retrain]
 
-The job is `deep_digits.yaml`: 64 dimensions, accuracy and energy. Samplers run plain, and with the
-seeds of the job (uniform policies and the prior's proposals) enqueued first; ours is the job as it
-stands. Each search seed has its own teacher, prior and order of the data. All advance in turns of
-eight trials, so that wherever the run ends, it ends at equal numbers of trials. The Gaussian
-process, whose proposals take seconds, comes after all others.
+The job is `deep_digits.yaml` or `deep_mnist5k.yaml`: 64 dimensions, accuracy and energy. Samplers
+run plain, and with the seeds of the job (uniform policies and the prior's proposals) enqueued
+first; ours is the job as it stands. Each search seed has its own teacher, prior and order of the
+data. All advance in turns of eight trials, so that wherever the run ends, it ends at equal numbers
+of trials. The Gaussian process, whose proposals take seconds, comes after all others.
 
 A policy trained before under the same seed is read back, whoever proposed it. Random search and a
 generation of NSGA-II are trained eight at once, TPE's and ours four at once (each sees three
 trials pending), GP's one by one.
 
-Writes into `trained/`, at once: `trainings_S.csv`, what each policy measured; `trials_S.csv`, who
-asked for it; `prepared_S.json`, seeds and seconds. Run it again to go on, or several times at once:
-a search seed is one process's for a turn. With `--retrain`, the policies on found fronts are
-trained again with fresh seeds at the end. `trained_report.py` makes the tables.
+Writes into `trained/`, or `trained_mnist5k/`, at once: `trainings_S.csv`, what each policy
+measured; `trials_S.csv`, who asked for it; `prepared_S.json`, seeds and seconds. Run it again to go
+on, or several times at once: a search seed is one process's for a turn. `--only` names searches to
+advance as the report does ("TPE", "seeds, then TPE", "ours"), and `--rounds` the turns. With
+`--retrain`, the policies on found fronts are trained again with fresh seeds at the end.
+`trained_report.py` makes the tables.
 """
 
 import argparse
@@ -30,8 +33,9 @@ from pathlib import Path
 
 import optuna
 import torch
-from fronts import MARKS, Search, front_of, read_searches, rows_of
+from fronts import HERE, JOBS, MARKS, Search, folder_of, front_of, label, read_searches, rows_of
 from optuna.trial import TrialState
+from samplers import PLAIN
 from torch.nn import functional as F
 
 from adq_search.convert import apply_policy_, reestimate_batch_norm_
@@ -47,34 +51,38 @@ from adq_search.session import prepare
 from adq_search.stacking import Stack
 from adq_search.training import epoch_losses, training_inputs
 
-HERE = Path(__file__).parent
 TURN = 8
 #: Trainings of one pass where policies are known beforehand.
 STACK = 8
 #: Fresh training seeds of a policy on a front.
 N_FRESH = 3
 
-#: Sampler by search seed, trials plain, trials after seeds, proposals at a time.
+#: Sampler, trials plain, trials after seeds, proposals at a time.
 RIVALS = {
-    "random": (lambda s: optuna.samplers.RandomSampler(seed=s), 400, 240, 8),
-    "TPE": (lambda s: optuna.samplers.TPESampler(multivariate=True, seed=s), 400, 240, 4),
-    "NSGA-II": (lambda s: optuna.samplers.NSGAIISampler(population_size=24, seed=s), 400, 240, 8),
-    "GP": (lambda s: optuna.samplers.GPSampler(seed=s), 40, 40, 1),
+    "random": (PLAIN["random"], 400, 240, 8),
+    "TPE": (PLAIN["TPE multivariate"], 400, 240, 4),
+    "NSGA-II": (PLAIN["NSGA-II"], 400, 240, 8),
+    "GP": (PLAIN["GP"], 40, 40, 1),
 }
 GUIDE_TRIALS, GUIDE_BATCH = 104, 4
+#: Every search, as sampler and whether seeds come first, and the trials it goes on to.
+SEARCHES = {("guide", True): GUIDE_TRIALS}
+SEARCHES |= {(name, False): plain for name, (_, plain, _, _) in RIVALS.items()}
+SEARCHES |= {(name, True): seeded for name, (_, _, seeded, _) in RIVALS.items()}
 
 
 class Bench:
     """One search seed: a prepared session, and a table of what its policies measured.
 
     Args:
+        job: Name of the job file.
         seed: Of the teacher, the prior, the order of the data and the samplers.
         folder: Where tables are kept.
         cache: Where what only this machine needs is kept.
     """
 
-    def __init__(self, seed, folder, cache):
-        job = read_job(HERE / "deep_digits.yaml").with_search(seed=seed)
+    def __init__(self, job, seed, folder, cache):
+        job = read_job(HERE / f"{job}.yaml").with_search(seed=seed)
         self.seed = seed
         self.cache = cache / f"seed_{seed}"
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -199,11 +207,8 @@ class Arm:
     def __init__(self, bench, name, *, is_seeded):
         self.bench, self.search = bench, Search(name, is_seeded, bench.seed)
         self.file = bench.cache / f"{name}{' seeded' if is_seeded else ''}.pickle"
-        if name == "guide":
-            self.n_trials, self.batch = GUIDE_TRIALS, GUIDE_BATCH
-        else:
-            _, plain, seeded, self.batch = RIVALS[name]
-            self.n_trials = seeded if is_seeded else plain
+        self.n_trials = SEARCHES[name, is_seeded]
+        self.batch = GUIDE_BATCH if name == "guide" else RIVALS[name][3]
         self.space = {p.name: distribution(p) for p in bench.space.parameters}
         if self.file.exists():
             self.study = pickle.loads(self.file.read_bytes())
@@ -220,7 +225,7 @@ class Arm:
         if self.search.sampler == "guide":
             sampler = make_sampler(self.bench.session, seed=self.bench.seed)
         else:
-            sampler = RIVALS[self.search.sampler][0](self.bench.seed)
+            sampler = RIVALS[self.search.sampler][0](self.bench, self.bench.seed)
         study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         if self.search.is_seeded:
             for seed in self.bench.session.seeds:
@@ -257,9 +262,7 @@ class Arm:
 
 def arms_of(bench):
     """Return the searches of one seed."""
-    plain = [Arm(bench, name, is_seeded=False) for name in RIVALS]
-    seeded = [Arm(bench, name, is_seeded=True) for name in RIVALS]
-    arms = [Arm(bench, "guide", is_seeded=True), *plain, *seeded]
+    arms = [Arm(bench, name, is_seeded=is_seeded) for name, is_seeded in SEARCHES]
     _drop_unsaved(bench, arms)
     return arms
 
@@ -275,20 +278,23 @@ def _drop_unsaved(bench, arms):
             append(bench.files["trials"], row)
 
 
-def retrain(bench, folder):
-    """Train the policies on the fronts found by each mark again, with fresh seeds."""
+def retrain(bench, folder, fresh):
+    """Train the policies on the fronts found by each mark again, with a fresh seed."""
     searches = [s for s in read_searches(folder) if s.search.seed == bench.seed]
     wanted = {}
     for found in searches:
         for mark in MARKS:
             if mark <= len(found.points):
                 wanted |= dict.fromkeys(found.policies[i] for i in front_of(found.points[:mark]))
-    done = {(r["policy"], int(r["training_seed"])) for r in rows_of(bench.files["retrained"])}
-    for fresh in range(1000, 1000 + N_FRESH):
-        rest = [code for code in wanted if (code, fresh) not in done]
-        for i in range(0, len(rest), STACK):
-            for row in bench.trained(rest[i : i + STACK], fresh):
-                append(bench.files["retrained"], {"training_seed": fresh, **row})
+    done = {
+        row["policy"]
+        for row in rows_of(bench.files["retrained"])
+        if int(row["training_seed"]) == fresh
+    }
+    rest = [code for code in wanted if code not in done]
+    for i in range(0, len(rest), STACK):
+        for row in bench.trained(rest[i : i + STACK], fresh):
+            append(bench.files["retrained"], {"training_seed": fresh, **row})
 
 
 def append(file, row):
@@ -301,26 +307,32 @@ def append(file, row):
         writer.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def main(seeds, rounds, folder, cache, is_retraining):
+def main(job, seeds, rounds, only, folder, cache, is_retraining):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    folder = folder or folder_of(job)
     folder.mkdir(parents=True, exist_ok=True)
-    benches = [Bench(seed, folder, cache) for seed in seeds]
-    fast = [name for name in ("guide", *RIVALS) if name != "GP"]
-    for names in (fast, ["GP"]):
-        most = max(GUIDE_TRIALS if n == "guide" else RIVALS[n][1] for n in names)
+    cache = cache or HERE.parent.parent / "build" / folder.name
+    benches = [Bench(job, seed, folder, cache) for seed in seeds]
+    fast = [k for k in SEARCHES if k[0] != "GP"]
+    for keys in (fast, [k for k in SEARCHES if k[0] == "GP"]):
+        wanted = [k for k in keys if only is None or label(k) in only]
+        most = max((SEARCHES[k] for k in wanted), default=0)
         for turn in range(1, min(rounds, math.ceil(most / TURN)) + 1):
-            each(benches, lambda bench, turn=turn, names=names: take_turn(bench, turn, names))
-            print(f"{names[0]} turn {turn}: {time.process_time():.0f} s of processor", flush=True)
-    if is_retraining:
-        each(benches, lambda bench: retrain(bench, folder))
+            each(benches, lambda bench, turn=turn, wanted=wanted: take_turn(bench, turn, wanted))
+            names = ", ".join(map(label, wanted))
+            print(f"turn {turn} of {names}: {time.process_time():.0f} s of processor", flush=True)
+    for fresh in range(1000, 1000 + N_FRESH) if is_retraining else ():
+        each(benches, lambda bench, fresh=fresh: retrain(bench, folder, fresh))
+        print(f"trained again, {fresh}: {time.process_time():.0f} s of processor", flush=True)
 
 
-def take_turn(bench, turn, names):
-    """Bring the searches of some samplers and one seed to the end of a turn."""
+def take_turn(bench, turn, wanted):
+    """Bring some searches of one seed to the end of a turn."""
     for arm in arms_of(bench):
-        if arm.search.sampler in names and arm.n_done < min(TURN * turn, arm.n_trials):
+        key = (arm.search.sampler, arm.search.is_seeded)
+        if key in wanted and arm.n_done < min(TURN * turn, arm.n_trials):
             arm.advance(TURN * turn - arm.n_done)
 
 
@@ -339,9 +351,11 @@ def each(benches, work):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
+    parser.add_argument("--job", choices=JOBS, default=JOBS[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--folder", type=Path, default=HERE / "trained")
-    parser.add_argument("--cache", type=Path, default=HERE.parent.parent / "build/trained")
+    parser.add_argument("--only", nargs="+", choices=list(map(label, SEARCHES)))
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--cache", type=Path)
     parser.add_argument("--retrain", dest="is_retraining", action="store_true")
     main(**vars(parser.parse_args()))

@@ -1,6 +1,6 @@
 """Tables and figures of `trained.py`, at any time of its run: hypervolume by trials and by seconds.
 
-Usage: python results/search_efficiency/trained_report.py [--folder trained]
+Usage: python results/search_efficiency/trained_report.py [--job deep_digits] [--folder trained]
 
 The hypervolume of accuracy and energy reaches from chance and the dearest policy; it is given as a
 share of that of everything measured under the same seed. "Found" takes the accuracies that the
@@ -9,7 +9,8 @@ over fresh training seeds: what the front is worth without the luck of the draw.
 all policies that were trained again under the same seed. "On test" takes the found front's
 accuracies on the test part, which no search has seen.
 
-Writes trained.md, trained.json, trained_trials.svg and trained_seconds.svg.
+Writes trained.md, trained.json, trained_trials.svg and trained_seconds.svg, or the same of
+trained_mnist5k.
 """
 
 import argparse
@@ -19,12 +20,22 @@ from collections import defaultdict
 from pathlib import Path
 
 from figures import COLOURS, colour_of, draw
-from fronts import DIRECTIONS, MARKS, front_of, read_retrained, read_searches, rows_of
+from fronts import (
+    DIRECTIONS,
+    HERE,
+    JOBS,
+    MARKS,
+    folder_of,
+    front_of,
+    label,
+    read_retrained,
+    read_searches,
+    rows_of,
+)
 
 from adq_search.pareto import hypervolume
 from adq_search.provenance import provenance
 
-HERE = Path(__file__).parent
 CHANCE = 0.1
 #: What each target compares: ours at a number of trials with rivals at another.
 TARGETS = ((40, False, 400), (60, True, 240))
@@ -44,6 +55,7 @@ class Volumes:
         self.searches = {(f.search.sampler, f.search.is_seeded): f for f in searches}
         prepared = json.loads((folder / f"prepared_{seed}.json").read_text())
         self.n_seeds = len(prepared["seeds"])
+        self.n_dimensions = prepared["n_dimensions"]
         self.prepare_s = prepared["cpu_s"]
         dearest = prepared["energy_range_pj"][1]
         self._corner = (CHANCE, dearest)
@@ -56,6 +68,10 @@ class Volumes:
         means = [(statistics.fmean(a), energy[p]) for p, a in self.again.items()]
         self._all_again = self._volume(means)
         self._all_test = self._volume([(a, energy[p]) for p, a in self.test.items() if p in energy])
+
+    def n_done(self, key):
+        """Return how many trials a search has finished."""
+        return len(self.searches[key].points)
 
     def found(self, key, n):
         """Return the share of a search's first n trials."""
@@ -92,14 +108,6 @@ class Volumes:
         return hypervolume(points, DIRECTIONS, self._corner) if points else float("nan")
 
 
-def label(key):
-    """Return a search's name in tables."""
-    name, is_seeded = key
-    if name == "guide":
-        return "ours"
-    return f"seeds, then {name}" if is_seeded else name
-
-
 def cell(values):
     """Return median and range, a dash where a seed has none."""
     if not values or any(v is None for v in values):
@@ -107,17 +115,44 @@ def cell(values):
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+def trials_of(volumes, key):
+    """Return the trials that a search has finished under every seed."""
+    return min(v.n_done(key) for v in volumes)
+
+
+def mark_of(volumes, key, wanted):
+    """Return the last mark, no later than the one wanted, that a search has come to."""
+    n = trials_of(volumes, key)
+    return max((mark for mark in MARKS if mark <= min(n, wanted)), default=n)
+
+
+def reach(volumes, keys):
+    """Say how far the run has come, and what was trained."""
+    by_number = defaultdict(list)
+    for key in keys:
+        by_number[trials_of(volumes, key)].append(label(key))
+    done = ", ".join(f"{n} ({' / '.join(names)})" for n, names in sorted(by_number.items()))
+    again = sum(len(a) for v in volumes for a in v.again.values())
+    return (
+        f"{volumes[0].n_dimensions} dimensions, median (min to max) of {len(volumes)} seeds; "
+        f"{sum(len(v.test) for v in volumes)} policies trained, {again} trainings of front "
+        f"policies with fresh seeds. Trials that searches have come to: {done}."
+    )
+
+
 def table(volumes, keys, what):
     """Return a table of one kind of share by trials."""
+    done = {key: trials_of(volumes, key) for key in keys}
+    marks = [mark for mark in MARKS if mark <= max(done.values())]
     lines = [
-        f"| sampler | {' | '.join(map(str, MARKS))} |",
-        f"| --- | {' | '.join('---:' for _ in MARKS)} |",
+        f"| sampler | {' | '.join(map(str, marks))} |",
+        f"| --- | {' | '.join('---:' for _ in marks)} |",
     ]
     for key in keys:
         cells = []
-        for mark in MARKS:
-            reached = all(len(v.searches[key].points) >= mark for v in volumes)
-            cells.append(cell([getattr(v, what)(key, mark) for v in volumes] if reached else []))
+        for mark in marks:
+            reached = volumes if done[key] >= mark else []
+            cells.append(cell([getattr(v, what)(key, mark) for v in reached]))
         lines.append(f"| {label(key)} | {' | '.join(cells)} |")
     return lines
 
@@ -127,8 +162,8 @@ def targets(volumes, keys, what):
     said = what.replace("_", " ")
     for ours_at, is_seeded, rival_at in TARGETS:
         rivals = [k for k in keys if k != OURS and k[1] == is_seeded]
-        reached = {k: min(len(v.searches[k].points) for v in volumes) for k in (OURS, *rivals)}
-        at = {k: min(rival_at, reached[k]) for k in rivals} | {OURS: min(ours_at, reached[OURS])}
+        at = {k: mark_of(volumes, k, rival_at) for k in rivals}
+        at[OURS] = mark_of(volumes, OURS, ours_at)
         shares = {k: [getattr(v, what)(k, n) for v in volumes] for k, n in at.items()}
         if any(None in found for found in shares.values()):
             yield f"- {said}: not all fronts are trained again yet."
@@ -142,8 +177,10 @@ def targets(volumes, keys, what):
         )
         yield (
             f"- {said}: ours at {at[OURS]} trials {statistics.median(ours):.4f}, {label(best)} at "
-            f"{at[best]} {statistics.median(shares[best]):.4f}; ours is level or above in "
-            f"{n_level} of {len(ours)} seeds, and in {n_all} against the best rival of each seed."
+            f"{at[best]} {statistics.median(shares[best]):.4f}"
+            f"{'' if at[best] == rival_at else f' (of {rival_at} asked for)'}; ours is level or "
+            f"above in {n_level} of {len(ours)} seeds, and in {n_all} against the best rival of "
+            "each seed."
         )
 
 
@@ -163,7 +200,7 @@ def seconds(volumes, keys):
             spent = v.searches[key].suggest_s
             halves[0] += spent[: len(spent) // 2]
             halves[1] += spent[len(spent) // 2 :]
-        n = min(len(v.searches[key].points) for v in volumes)
+        n = trials_of(volumes, key)
         means = " | ".join(f"{1e3 * statistics.fmean(h):.1f}" for h in halves)
         lines.append(f"| {label(key)} | {n} | {means} |")
     return lines
@@ -200,7 +237,8 @@ def seconds_of(volumes, key, n):
     return [statistics.fmean(column) for column in zip(*out, strict=True)]
 
 
-def main(folder):
+def main(job, folder):
+    name, folder = folder_of(job).name, folder or folder_of(job)
     by_seed = defaultdict(list)
     for found in read_searches(folder):
         by_seed[found.search.seed].append(found)
@@ -212,12 +250,9 @@ def main(folder):
     )
     volumes = [Volumes(folder, seed, found) for seed, found in sorted(by_seed.items())]
     n_seeds = volumes[0].n_seeds
-    again = sum(len(a) for v in volumes for a in v.again.values())
     deviation = noise(volumes)
     lines = [
-        f"64 dimensions, median (min to max) of {len(volumes)} seeds; "
-        f"{sum(len(v.test) for v in volumes)} policies trained, {again} trainings of front "
-        "policies with fresh seeds.",
+        reach(volumes, keys),
         "",
         "Found:",
         "",
@@ -254,14 +289,15 @@ def main(folder):
         ]
     lines += seconds(volumes, keys)
     text = "\n".join(lines) + "\n"
-    (HERE / "trained.md").write_text(text)
-    (HERE / "trained.json").write_text(json.dumps(provenance(seed=0), indent=1) + "\n")
-    curves(volumes, keys, HERE / "trained_trials.svg", by_seconds=False)
-    curves(volumes, keys, HERE / "trained_seconds.svg", by_seconds=True)
+    (HERE / f"{name}.md").write_text(text)
+    (HERE / f"{name}.json").write_text(json.dumps(provenance(seed=0), indent=1) + "\n")
+    curves(volumes, keys, HERE / f"{name}_trials.svg", by_seconds=False)
+    curves(volumes, keys, HERE / f"{name}_seconds.svg", by_seconds=True)
     print(text)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=HERE / "trained")
+    parser.add_argument("--job", choices=JOBS, default=JOBS[0])
+    parser.add_argument("--folder", type=Path)
     main(**vars(parser.parse_args()))
