@@ -122,6 +122,7 @@ def mark_quantized(
         quantizer: Its input quantizer.
         quantized: What that returns; the values themselves by default.
     """
+    # Tensors take attributes, of which torch's annotations know nothing.
     values.quantized_by = (quantizer, quantized)  # type: ignore[attr-defined]
 
 

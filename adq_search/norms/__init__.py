@@ -1,8 +1,8 @@
 """Batch norms that clip and quantize in the same passes over memory, for training on CPUs.
 
-In quantized training a step spends as long in batch norms and ReLUs as in quantizers: torch passes
-over memory thirteen times for a norm and its ReLU, forward and backward, and the C++ here does so
-eight times, with an LSQ quantizer behind them included.
+Torch passes over memory thirteen times for a norm and its ReLU, forward and backward (each tensor
+read or written counts once); the C++ here does so eight times, with an LSQ quantizer behind them
+included. `results/qat_step` measures what that brings.
 
 - `_readers`: what reads a norm's output, in a trace of the network.
 - `_modules`: the classes that norms, ReLUs and layers have for the time of a block.

@@ -81,6 +81,7 @@ class FusedNorm(nn.BatchNorm2d):
             out = _passes.normalized(input, self.weight, self.bias, norm, quantizer)
             mark_quantized(out, quantizer)
         if passes != EVERYTHING:
+            # An attribute that torch's annotations do not know; `_Once` looks for it.
             out.clipped_to = passes  # type: ignore[attr-defined]
         return out
 

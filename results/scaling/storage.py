@@ -158,9 +158,6 @@ def work_many(url, numbers, options, begin, out):
     """Be a process of workers."""
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Workers are processes of their own in truth: here a thread that holds a lock of the database
-    # waits for the interpreter at every answer, by default for 5 ms.
-    sys.setswitchinterval(1e-4)
     told, errors = [], []
 
     def one(number):
