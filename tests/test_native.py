@@ -9,8 +9,13 @@ from adq_search.errors import AdqSearchWarning, QuantizerError
 from adq_search.native import NativeLibrary
 from adq_search.norms import _passes
 from adq_search.quantizers import _native
+from adq_search.stacking import _native as _slots
 
-LIBRARIES = {"quantizers": _native.LIBRARY, "norms": _passes.LIBRARY}
+LIBRARIES = {
+    "quantizers": _native.LIBRARY,
+    "norms": _passes.LIBRARY,
+    "stacking": _slots.LIBRARY,
+}
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 

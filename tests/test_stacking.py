@@ -19,7 +19,6 @@ from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.progress import NoProgress
 from adq_search.session import prepare
 from adq_search.stacking import Stack, why_not_stackable
-from adq_search.stacking._thresholds import n_below
 from adq_search.tasks.networks import resnet20, small_resnet
 from adq_search.teacher import make_teacher
 from adq_search.training import TrainingSettings, fit, fit_stack
@@ -251,26 +250,6 @@ def test_the_optuna_host_refuses_networks_that_do_not_stack(tmp_path):
         OptunaHost().check(
             dataclasses.replace(planned, task=task), tmp_path, HostOptions(study="s")
         )
-
-
-@pytest.mark.parametrize("spread", ["even", "uneven", "beyond the grid"])
-def test_thresholds_are_counted_exactly(spread):
-    """Against a count of comparisons, at the thresholds themselves and one ulp around them."""
-    torch.manual_seed(0)
-    tables = torch.full((3, 255), torch.inf)
-    for row, n in zip(tables, (3, 15, 255)):
-        widths = torch.full((n,), 2.0 / n)
-        if spread == "uneven":
-            widths = widths * (0.5 + torch.rand(n))
-        if spread == "beyond the grid":
-            widths = torch.where(torch.rand(n) < 0.5, 1e-3, 5.0)
-        row[:n] = widths.cumsum(0) - 0.7
-    exact = tables.where(tables.isfinite(), 0.0)
-    up, down = (exact.nextafter(torch.tensor(v)) for v in (torch.inf, -torch.inf))
-    special = torch.tensor([torch.inf, -torch.inf, torch.nan]).expand(3, 3)
-    values = torch.cat([exact, up, down, 6 * torch.randn(3, 500), special], dim=1).unsqueeze(0)
-    wanted = (values.unsqueeze(-1) > tables.unsqueeze(1)).sum(dim=-1)
-    assert torch.equal(n_below(values, tables), wanted)
 
 
 def test_half_precision_trains_alone_and_together(task, teacher):

@@ -71,8 +71,8 @@ class ClippedPowerWeight(WeightQuantizer):
         extra = 1 if cls.resolve_options(options)["levels"] == "eq17" else -1
         return int(2 ** check_bits(bits)) + extra
 
-    def _unit_levels(self, dtype: torch.dtype) -> Tensor:
-        """Levels for alpha = 1, # shape: (n_levels,)."""
+    def unit_levels(self, dtype: torch.dtype) -> Tensor:
+        """Return the levels for alpha = 1, # shape: (n_levels,)."""
         snapped = self.options.get("sqrt_half", "exact")
         if snapped != "exact":
             root = float(Fraction(str(snapped)))
@@ -89,18 +89,27 @@ class ClippedPowerWeight(WeightQuantizer):
         self.threshold.copy_(torch.where(alive, thresholds, spare).view(self.threshold.shape))
 
     def _quantize(self, values: Tensor) -> Tensor:
-        key = computing_dtype(values, self.threshold), self.exponents.device
+        levels = self.levels_for(values, self.threshold)
+        return clipped_through(values, self.threshold, levels, self.gradient_scale)
+
+    def levels_for(self, values: Tensor, threshold: Tensor) -> Tensor:
+        """Return the levels for alpha = 1 as `clipped_through` takes them, # shape: (n_levels,)."""
+        key = computing_dtype(values, threshold), self.exponents.device
         if key not in self._known_levels:
-            self._known_levels[key] = self._unit_levels(key[0])
-        levels = self._known_levels[key]
-        return clipped_through(values, self.threshold, levels, self._n_group() ** -0.5)
+            self._known_levels[key] = self.unit_levels(key[0])
+        return self._known_levels[key]
+
+    @property
+    def gradient_scale(self) -> float:
+        """Of the gradient to the threshold: 1 / sqrt(N)."""
+        return float(self._n_group() ** -0.5)
 
     def _codes(self, values: Tensor) -> Tensor:
         scaled = self._scaled(values)
-        return nearest_index(scaled, self._unit_levels(scaled.dtype)).long()
+        return nearest_index(scaled, self.unit_levels(scaled.dtype)).long()
 
     def _levels(self) -> Tensor:
-        levels = self._positive().reshape(-1, 1) * self._unit_levels(self.threshold.dtype)
+        levels = self._positive().reshape(-1, 1) * self.unit_levels(self.threshold.dtype)
         return levels.reshape(*self.threshold.shape[:1], -1)
 
     def _saturated(self, values: Tensor) -> Tensor:

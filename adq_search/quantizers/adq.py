@@ -92,24 +92,11 @@ class AdqWeight(WeightQuantizer):
 
     def _quantize(self, values: Tensor) -> Tensor:
         with torch.no_grad():
-            quantized, sums, counts = _snapped(values.detach(), self.codebook)
+            quantized, sums, counts = snapped(values.detach(), self.codebook)
             if self.training:
-                self._move_codebook_(sums, counts)
+                moved = moved_codebook(self.codebook, sums, counts, self.momentum)
+                self.codebook.copy_(moved)
         return straight_through(values, quantized)
-
-    def _move_codebook_(self, sums: Tensor, counts: Tensor) -> None:
-        """Take the EMA step, written as c_j + (1 - m) mean(w - c_j): small numbers are averaged.
-
-        Levels cannot change order: a mean lies within its level's interval. Nothing waits for the
-        values, so a GPU is not held up.
-
-        Args:
-            sums: By level, the sum of weights less their level, # shape: (levels,)
-            counts: By level, how many weights there are, # shape: (levels,)
-        """
-        means = sums / counts.clamp(min=1)
-        means[self._n_side] = 0
-        self.codebook.add_((means * (1 - self.momentum)).to(self.codebook.dtype))
 
     def _codes(self, values: Tensor) -> Tensor:
         weights = values.to(computing_dtype(values, self.codebook))
@@ -126,7 +113,7 @@ class AdqWeight(WeightQuantizer):
         return [self.codebook.new_zeros(0)]
 
 
-def _snapped(weights: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def snapped(weights: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the nearest levels; by level, sums of weights less their level, and counts."""
     levels = codebook.to(computing_dtype(weights, codebook))
     if _native.takes(weights, levels):
@@ -144,3 +131,21 @@ def _snapped(weights: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 _snap = Kernel(nearest_level)
+
+
+def moved_codebook(codebook: Tensor, sums: Tensor, counts: Tensor, momentum: Tensor) -> Tensor:
+    """Return c_j + (1 - m) mean(w - c_j), the EMA step: small numbers are averaged.
+
+    Levels cannot change order: a mean lies within its level's interval. Nothing waits for the
+    values, so a GPU is not held up.
+
+    Args:
+        codebook: One or more of them, # shape: (..., levels)
+        sums: By level, the sum of weights less their level, same shape.
+        counts: By level, how many weights there are, same shape.
+        momentum: m, for all levels of a codebook.
+    """
+    means = sums / counts.clamp(min=1)
+    # Zero stays.
+    moved = torch.where(codebook == 0, 0.0, means * (1 - momentum))
+    return codebook + moved.to(codebook.dtype)

@@ -52,7 +52,8 @@ class RootWeight(ClippedPowerWeight):
         """Return where the levels of this root stop helping."""
         return _FLOORS[cls.resolve_options(options)["root"]]
 
-    def _unit_levels(self, dtype: torch.dtype) -> Tensor:
+    def unit_levels(self, dtype: torch.dtype) -> Tensor:
+        """Return the levels for alpha = 1, # shape: (n_levels,)."""
         # A division, so that whole powers of two are exact for r = 3 too.
         return self.signs.to(dtype) * torch.exp2(self.exponents.to(dtype) / -self.root)
 

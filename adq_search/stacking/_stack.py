@@ -53,7 +53,8 @@ class Stack(nn.Module):
             Logits, # shape: (K, N, classes)
         """
         repeats = (1, self.n_slots, *(1 for _ in inputs.shape[2:]))
-        out: Tensor = self.body(inputs.repeat(repeats))
+        # Not channels last: the values of each network lie together in each sample.
+        out: Tensor = self.body(inputs.contiguous().repeat(repeats))
         return out.view(len(inputs), self.n_slots, -1).transpose(0, 1)
 
     def unstack_(self) -> None:

@@ -1,0 +1,161 @@
+r"""ASQ for inputs of some slots: steps of each sample, found by adapters as batched products.
+
+Notation:
+    s_a = s \\beta  step of one sample
+    S   slots of the group
+    N   samples
+    C   channels of one network
+
+References:
+    [Zhou2025] arXiv 2504.17263, Eqs. 4-9 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adq_search.quantizers import Adapter, AsqInput
+from adq_search.quantizers._calibration import EPS
+from adq_search.quantizers._through import (
+    lsq_gradient_scale,
+    positive_step,
+    signed,
+    uniform_through,
+)
+from adq_search.quantizers.asq import SMALLEST_FACTOR
+from adq_search.stacking._groups import Group
+from adq_search.stacking._native import LIBRARY, Places
+
+
+class Adapters(nn.Module):
+    """Adapters of one width, as one.
+
+    Args:
+        adapters: Of S slots.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        super().__init__()
+        self._adapters = list(adapters)
+        for name, _ in adapters[0].named_parameters():
+            own = torch.stack([adapter.get_parameter(name).detach() for adapter in adapters])
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(own))
+        self.is_deep = adapters[0].hidden is not None
+
+    def trace(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the factors, and hidden and output activations, as `Adapter.trace` does.
+
+        Args:
+            means: Channel means, # shape: (S, N, C)
+
+        Returns:
+            Factors, # shape: (S, N); activations, # shape: (S, N, width), the means where there
+            is no hidden layer, and # shape: (S, N, 1)
+        """
+        with torch.autocast(means.device.type, enabled=False):
+            inner = self._layer("hidden", means) if self.is_deep else means
+            out = self._layer("output", inner)
+        return out.squeeze(-1).clamp(min=SMALLEST_FACTOR), inner, out
+
+    def _layer(self, name: str, values: Tensor) -> Tensor:
+        weight, bias = (self.get_parameter(f"{name}_{kind}") for kind in ("weight", "bias"))
+        return F.relu(torch.baddbmm(bias.unsqueeze(1), values, weight.mT))
+
+    def gradients(
+        self, upstream: Tensor, means: Tensor, inner: Tensor, out: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the gradients to the means and to the parameters, in their order.
+
+        Args:
+            upstream: Gradient to the factors, # shape: (S, N)
+            means: What `trace` was given.
+            inner: As `trace` returned it, like `out`.
+            out: # shape: (S, N, 1)
+        """
+        to_out = upstream.unsqueeze(-1) * (out >= SMALLEST_FACTOR)
+        to_inner = to_out @ self.get_parameter("output_weight")
+        found = [to_out.mT @ inner, to_out.sum(dim=1)]
+        if not self.is_deep:
+            return to_inner, found
+        to_inner = to_inner * (inner > 0)
+        to_means = to_inner @ self.get_parameter("hidden_weight")
+        return to_means, [to_inner.mT @ means, to_inner.sum(dim=1), *found]
+
+    @torch.no_grad()
+    def unstack_(self) -> None:
+        """Write the adapters back."""
+        for i, adapter in enumerate(self._adapters):
+            for name, parameter in adapter.named_parameters():
+                parameter.copy_(self.get_parameter(name.replace(".", "_"))[i])
+
+
+class AsqGroup(Group[AsqInput]):
+    """ASQ: a step a slot, times a factor of each sample."""
+
+    qmin: Tensor
+    qmax: Tensor
+
+    def __init__(self, quantizers: Mapping[int, AsqInput]) -> None:
+        super().__init__(quantizers)
+        self.step = nn.Parameter(self._stack("step"))
+        self.register_buffer("qmin", self._stack("qmin"))
+        self.register_buffer("qmax", self._stack("qmax"))
+        self.adapters = Adapters([q.adapter for q in self.quantizers])
+
+    def apart(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Quantize the values of each slot."""
+        n = pieces[0][0].numel()
+        means = [q.channel_means(p) for q, p in zip(self.quantizers, pieces, strict=True)]
+        dtype = self.step.dtype
+        beta, *_ = self.adapters.trace(torch.stack(means).to(dtype))
+        step = positive_step(self.step, lsq_gradient_scale(self.qmax, n)).unsqueeze(1) * beta
+        shape = (-1, *(1 for _ in pieces[0].shape[1:]))
+        own = zip(pieces, step.unbind(), self.qmin, self.qmax, strict=True)
+        return [uniform_through(p, s.view(shape), *codes, n_features=None) for p, s, *codes in own]
+
+    @torch.no_grad()
+    def forward_into(self, out: Tensor, values: Tensor, at: Places) -> tuple[Tensor, ...]:
+        """Quantize in C++."""
+        n_slots, n_channels = len(self.slots), self.quantizers[0].n_channels
+        means = torch.empty(n_slots, at.rows, n_channels)
+        LIBRARY.call("means", values, at.numbers, n_channels, means, torch.get_num_threads())
+        beta, *parts = self.adapters.trace(means)
+        step = self.step.abs().clamp(min=EPS).unsqueeze(1)
+        s_a = step * beta
+        LIBRARY.call(
+            "uniform",
+            *(values, at.numbers, s_a, 1, at.rows, 0.0, self.qmin, self.qmax),
+            *(out, torch.get_num_threads()),
+        )
+        return (s_a, step, beta, means, *parts)
+
+    def backward_into(
+        self, gradient: Tensor, values: Tensor, upstream: Tensor, at: Places, *kept: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Write the gradient to the values; return those to the steps and the adapters."""
+        s_a, step, beta, means, *parts = kept
+        to_step = torch.empty_like(s_a)
+        LIBRARY.call(
+            "uniform_backward",
+            *(values, at.numbers, upstream, s_a, 1, at.rows, 0.0, self.qmin, self.qmax, 0.0),
+            *(gradient, to_step, torch.get_num_threads()),
+        )
+        to_means, to_adapters = self.adapters.gradients(to_step * step, means, *parts)
+        # The second gradient that inputs receive: through their channel means.
+        LIBRARY.call(
+            "means_backward",
+            *(gradient, at.numbers, means.shape[-1], to_means.contiguous()),
+            torch.get_num_threads(),
+        )
+        grad_step = signed(self.step, (to_step * beta).sum(dim=1))
+        return grad_step * lsq_gradient_scale(self.qmax, at.columns), *to_adapters
+
+    @torch.no_grad()
+    def unstack_(self) -> None:
+        """Write the steps and the adapters back."""
+        super().unstack_()
+        self.adapters.unstack_()
