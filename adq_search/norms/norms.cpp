@@ -445,7 +445,7 @@ extern "C" void thresholds(long half, const void* values, const float* weight, c
                            long threads) {
     const Lines lines(pixels, channels);
     const Norm norm(lines, weight, bias, mean, inverse);
-    const std::vector<float> sorted(cuts, cuts + n_cuts);
+    const Cuts sorted({cuts, cuts + n_cuts});
     typed(half, [&](auto kind) {
         using T = decltype(kind);
         const T* x = static_cast<const T*>(values);

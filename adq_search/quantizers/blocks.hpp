@@ -9,7 +9,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "native.hpp"
 
@@ -27,6 +31,13 @@ typedef uint8_t bytes __attribute__((vector_size(LANES)));
 constexpr long STRIP = 4 * LANES;
 // Up to this many intervals, comparing with each is faster than adding value by value.
 constexpr long FEW_INTERVALS = 32;
+// Up to this many cuts, comparing with each is faster than searching: only some processors look up
+// in a register.
+#ifdef __AVX512F__
+constexpr long FEW_CUTS = 7;
+#else
+constexpr long FEW_CUTS = 127;
+#endif
 
 template <class T>
 inline floats lanes(const T* from) {
@@ -87,23 +98,82 @@ float uniform_slopes(const T* __restrict v, const T* __restrict upstream, float 
 
 // ---- Sorted levels and cuts ----
 
-// How many cuts lie below each of STRIP values, which stay in registers; none for NaN.
-inline void rank_strip(const floats* z, const std::vector<float>& cuts, ints* below) {
-    for (long j = 0; j < STRIP / LANES; ++j) below[j] = ints{};
-    for (const float cut : cuts)
-        for (long j = 0; j < STRIP / LANES; ++j) below[j] -= z[j] > cut;
+// Entries of a table.
+inline floats looked_up(const float* table, ints index) {
+#ifdef __AVX512F__
+    return reinterpret_cast<floats>(
+        _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, sizeof(float)));
+#else
+    floats found;
+    for (long i = 0; i < LANES; ++i) found[i] = table[index[i]];
+    return found;
+#endif
 }
 
-// The same for a buffer that holds whole strips.
-void rank(const float* z, const std::vector<float>& cuts, int32_t* below, long size) {
-    for (long begin = 0; begin < size; begin += STRIP) {
-        floats value[STRIP / LANES];
-        ints count[STRIP / LANES];
-        std::memcpy(value, z + begin, sizeof value);
-        rank_strip(value, cuts, count);
-        std::memcpy(below + begin, count, sizeof count);
+// A table of figures, looked up for many values at once.
+class Lookup {
+  public:
+    Lookup(const float* table, long n) : table_(table), is_few_(n <= LANES) {
+        if (is_few_) std::memcpy(&few_, table, n * sizeof(float));
     }
-}
+    floats at(ints index) const {
+        return is_few_ ? __builtin_shuffle(few_, index) : looked_up(table_, index);
+    }
+
+  private:
+    const float* table_;
+    bool is_few_;
+    floats few_ = {};
+};
+
+// Sorted cuts. Values are compared with each of a few; of many, with one a level of a search tree.
+class Cuts {
+  public:
+    explicit Cuts(std::vector<float> sorted) : sorted_(std::move(sorted)) {
+        const long n = static_cast<long>(sorted_.size());
+        if (n <= FEW_CUTS) return;
+        while ((1L << depth_) - 1 < n) ++depth_;
+        // Level d has 2^d nodes; node i lies where it divides what the levels above leave.
+        for (long d = 0; d < depth_; ++d) {
+            for (long i = 0; i < 1L << d; ++i) {
+                const long at = ((2 * i + 1) << (depth_ - 1 - d)) - 1;
+                nodes_.push_back(at < n ? sorted_[at] : INFINITY);
+            }
+        }
+    }
+
+    // How many lie below each of STRIP values, which stay in registers; none for NaN.
+    void below(const floats* z, ints* count) const {
+        for (long j = 0; j < STRIP / LANES; ++j) count[j] = ints{};
+        if (depth_ == 0) {
+            for (const float cut : sorted_)
+                for (long j = 0; j < STRIP / LANES; ++j) count[j] -= z[j] > cut;
+            return;
+        }
+        for (long d = 0; d < depth_; ++d) {
+            const Lookup level(nodes_.data() + (1L << d) - 1, 1L << d);
+            for (long j = 0; j < STRIP / LANES; ++j)
+                count[j] = count[j] + count[j] - (z[j] > level.at(count[j]));
+        }
+    }
+
+    // The same for a buffer that holds whole strips.
+    void below(const float* z, int32_t* count, long size) const {
+        for (long begin = 0; begin < size; begin += STRIP) {
+            floats value[STRIP / LANES];
+            ints found[STRIP / LANES];
+            std::memcpy(value, z + begin, sizeof value);
+            below(value, found);
+            std::memcpy(count + begin, found, sizeof found);
+        }
+    }
+
+    long size() const { return static_cast<long>(sorted_.size()); }
+
+  private:
+    std::vector<float> sorted_, nodes_;
+    long depth_ = 0;
+};
 
 // Tables of sums by interval; neighbouring values go to different ones.
 class Tables {
@@ -157,10 +227,10 @@ void sums_by_interval(const float* first, const float* second, const int32_t* in
 }
 
 // Midpoints between sorted levels.
-std::vector<float> between(const float* levels, long n_levels) {
+Cuts between(const float* levels, long n_levels) {
     std::vector<float> cuts(n_levels - 1);
     for (long k = 0; k + 1 < n_levels; ++k) cuts[k] = (levels[k + 1] + levels[k]) / 2;
-    return cuts;
+    return Cuts(std::move(cuts));
 }
 
 // Sum tables of blocks: # shape: (blocks, n) to (n,).
@@ -177,11 +247,11 @@ void total_of(const std::vector<float>& parts, long n, float* sums) {
 // Values in units of alpha, the nearest level of each and its index; NaN stays.
 template <class T>
 void nearest_block(const T* __restrict v, float alpha, const float* levels,
-                   const std::vector<float>& cuts, float* __restrict z, float* __restrict q,
+                   const Cuts& cuts, float* __restrict z, float* __restrict q,
                    int32_t* __restrict index, long size) {
 #pragma omp simd
     for (long i = 0; i < size; ++i) z[i] = load(v, i) / alpha;
-    rank(z, cuts, index, size);
+    cuts.below(z, index, size);
     for (long i = 0; i < size; ++i) q[i] = z[i] == z[i] ? levels[index[i]] : z[i];
 }
 
@@ -209,12 +279,12 @@ float clipped_slopes(const float* __restrict z, const float* __restrict q,
 
 // Levels and indices of STRIP values.
 template <class T>
-void thresholds_strip(const T* __restrict x, float beta, const std::vector<float>& cuts, float d,
+void thresholds_strip(const T* __restrict x, float beta, const Cuts& cuts, float d,
                       float n, T* __restrict out, uint8_t* __restrict index) {
     floats z[STRIP / LANES];
     ints below[STRIP / LANES];
     for (long j = 0; j < STRIP / LANES; ++j) z[j] = lanes(x + j * LANES) * beta;
-    rank_strip(z, cuts, below);
+    cuts.below(z, below);
     for (long j = 0; j < STRIP / LANES; ++j) {
         const floats level = (__builtin_convertvector(below[j], floats) + n) * d;
         put(out + j * LANES, z[j] == z[j] ? level : z[j]);
@@ -224,7 +294,7 @@ void thresholds_strip(const T* __restrict x, float beta, const std::vector<float
 }
 
 template <class T>
-void thresholds_block(const T* x, float beta, const std::vector<float>& cuts, float d, float n,
+void thresholds_block(const T* x, float beta, const Cuts& cuts, float d, float n,
                       T* out, uint8_t* index, long size) {
     long i = 0;
     for (; i + STRIP <= size; i += STRIP)
@@ -247,25 +317,6 @@ void equidistant_block(const T* __restrict x, const uint8_t* __restrict index, f
         store(out, i, value == value ? level : value);
     }
 }
-
-// A table of figures by interval, looked up for many values at once.
-class Lookup {
-  public:
-    Lookup(const float* table, long n) : table_(table), is_few_(n <= LANES) {
-        if (is_few_) std::memcpy(&few_, table, n * sizeof(float));
-    }
-    floats at(ints index) const {
-        if (is_few_) return __builtin_shuffle(few_, index);
-        floats found;
-        for (long i = 0; i < LANES; ++i) found[i] = table_[index[i]];
-        return found;
-    }
-
-  private:
-    const float* table_;
-    bool is_few_;
-    floats few_ = {};
-};
 
 // What the backward pass knows of the intervals.
 struct Intervals {

@@ -93,7 +93,7 @@ extern "C" void uniform_backward(long half, const void* values, const void* upst
 extern "C" void clipped(long half, const void* values, const float* raw, long by_row, float smallest,
                         const float* levels, long n_levels, void* out, long rows, long columns,
                         long threads) {
-    const std::vector<float> cuts = between(levels, n_levels);
+    const Cuts cuts = between(levels, n_levels);
     typed(half, [=, &cuts](auto kind) {
         using T = decltype(kind);
         const T* v = static_cast<const T*>(values);
@@ -114,7 +114,7 @@ extern "C" void clipped_backward(long half, const void* values, const void* upst
                                  long rows, long columns, long threads) {
     std::vector<float> parts(rows * blocks_of(columns));
     float* part = parts.data();
-    const std::vector<float> cuts = between(levels, n_levels);
+    const Cuts cuts = between(levels, n_levels);
     typed(half, [=, &cuts](auto kind) {
         using T = decltype(kind);
         const T *v = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
@@ -136,7 +136,7 @@ extern "C" void codebook(long half, const void* weights, const float* levels, lo
     const long n_sums = 2 * n_levels;
     std::vector<float> parts(n_sums * blocks_of(n_values));
     float* part = parts.data();
-    const std::vector<float> cuts = between(levels, n_levels);
+    const Cuts cuts = between(levels, n_levels);
     typed(half, [=, &cuts](auto kind) {
         using T = decltype(kind);
         const T* w = static_cast<const T*>(weights);
@@ -165,7 +165,7 @@ extern "C" void thresholds(long half, const void* values, const float* in_scale,
                            long n_cuts, const float* step, const float* qmin, void* out,
                            uint8_t* index, long n_values, long threads) {
     const float beta = *in_scale, d = *step, n = *qmin;
-    const std::vector<float> sorted(cuts, cuts + n_cuts);
+    const Cuts sorted({cuts, cuts + n_cuts});
     typed(half, [=, &sorted](auto kind) {
         using T = decltype(kind);
         const T* x = static_cast<const T*>(values);

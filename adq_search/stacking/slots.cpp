@@ -93,8 +93,8 @@ struct LevelTables {
     long room;
 
     const float* of(long j) const { return levels + j * room; }
-    std::vector<std::vector<float>> cuts(long n_slots) const {
-        std::vector<std::vector<float>> found;
+    std::vector<Cuts> cuts(long n_slots) const {
+        std::vector<Cuts> found;
         for (long j = 0; j < n_slots; ++j) found.push_back(between(of(j), counts[j]));
         return found;
     }
@@ -112,12 +112,14 @@ struct Trained {
 struct Used {
     long m;
     float beta, step, qmin;
-    std::vector<float> a, knots, thresholds, slopes;
+    std::vector<float> a, knots, slopes;
+    Cuts thresholds;
 
     Used(const Trained& trained, long j)
         : m(trained.counts[j]), beta(positive(trained.in_scale[j], trained.smallest)),
           step(positive(trained.out_scale[j], trained.smallest) * (2.0f / m)),
-          qmin(trained.qmin[j]), a(m), knots(m + 1), thresholds(m), slopes(m + 1, 0.0f) {
+          qmin(trained.qmin[j]), a(m), knots(m + 1), slopes(m + 1, 0.0f), thresholds({}) {
+        std::vector<float> between_knots(m);
         double sum = 0.0;
         knots[0] = trained.start[j];
         for (long i = 0; i < m; ++i) {
@@ -125,9 +127,10 @@ struct Used {
             a[i] = width < trained.narrowest ? trained.narrowest : width;
             sum += a[i];
             knots[i + 1] = trained.start[j] + static_cast<float>(sum);
-            thresholds[i] = knots[i] + a[i] / 2;
+            between_knots[i] = knots[i] + a[i] / 2;
             slopes[i] = step / a[i] * beta;
         }
+        thresholds = Cuts(std::move(between_knots));
     }
 
     // `sums` as `thresholds_backward` of `kernels.cpp` has them.

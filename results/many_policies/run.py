@@ -13,6 +13,7 @@ import json
 import random
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ import torch
 from adq_search.cli._spaces import find_job
 from adq_search.convert import apply_policy_
 from adq_search.distill import Teacher, distillation_loss
+from adq_search.layout import training_layout
+from adq_search.norms import fused_norms
 from adq_search.plan import plan
 from adq_search.provenance import provenance
 from adq_search.stacking import Stack
@@ -43,8 +46,10 @@ def draw(space, chance):
     return space.policy_of(values)
 
 
-def stepper(network, batch, answers, settings):
-    """Return a function that takes one training step and returns its seconds."""
+def stepper(network, batch, answers, settings, until):
+    """Return a function that takes one training step, as `fit` does, and returns its seconds."""
+    until.enter_context(fused_norms(network))
+    inputs = batch.inputs.to(memory_format=training_layout(network, batch.inputs[:1]))
     optimizer = torch.optim.SGD(
         _parameter_groups(network, settings),
         lr=1e-4,
@@ -55,7 +60,7 @@ def stepper(network, batch, answers, settings):
 
     def step():
         start = time.perf_counter()
-        logits = network(batch.inputs)
+        logits = network(inputs)
         losses = [
             distillation_loss(own, batch.targets, answers, settings.distillation)
             for own in (logits if logits.ndim == 3 else [logits])
@@ -85,19 +90,18 @@ def race(name, repeats):
         network.load_state_dict(teacher.network.state_dict())
         return apply_policy_(network, policy, calibration).train()
 
-    steppers = {}
-    for size in SIZES:
-        networks = [student(policy) for policy in policies]
-        groups = [networks[i : i + size] for i in range(0, N_POLICIES, size)]
-        steppers[size] = [
-            stepper(group[0] if size == 1 else Stack(group), batch, answers, settings)
-            for group in groups
-        ]
-    for repeat in range(-N_WARM, repeats):
-        for size, steps in steppers.items():
-            seconds = sum(step() for step in steps) / N_POLICIES
-            if repeat >= 0:
-                yield {"job": name, "networks": size, "repeat": repeat, "network_step_s": seconds}
+    with ExitStack() as until:
+        steppers = {}
+        for size in SIZES:
+            networks = [student(policy) for policy in policies]
+            groups = [networks[i : i + size] for i in range(0, N_POLICIES, size)]
+            whole = [group[0] if size == 1 else Stack(group) for group in groups]
+            steppers[size] = [stepper(net, batch, answers, settings, until) for net in whole]
+        for repeat in range(-N_WARM, repeats):
+            for size, steps in steppers.items():
+                spent = sum(step() for step in steps) / N_POLICIES
+                if repeat >= 0:
+                    yield {"job": name, "networks": size, "repeat": repeat, "network_step_s": spent}
 
 
 def summary(rows):
