@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from adq_search.native import NativeLibrary, laid_out_as
 from adq_search.norms._readers import Range
@@ -194,29 +193,24 @@ class _Thresholds(Function):
         bias: Tensor,
         norm: Norm,
         n: Tensor,
-        start: Tensor,
-        widths: Tensor,
-        in_scale: Tensor,
-        out_scale: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
         out, index = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
         known = (weight, bias, *norm.statistics(x))
-        used = used_intervals(start, widths, in_scale, out_scale)
-        cuts = used.thresholds()
-        levels = (used.beta_1, cuts, cuts.numel(), used.step, n)
+        used = used_intervals(*trained)
+        levels = (used.beta_1, used.thresholds, used.a.numel(), used.step, n)
         LIBRARY.call("thresholds", x, *known, *norm.passes, *levels, out, index, *_sizes(x))
-        ctx.save_for_backward(x, *known, n, index, widths, in_scale, out_scale, *used)
+        ctx.save_for_backward(x, *known, n, index, *trained, *used)
         ctx.passes = norm.passes
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *known), (n, index, *trained), rest = _split(ctx.saved_tensors, 5, 5)
+        (x, *known), (n, index), trained, rest = _split(ctx.saved_tensors, 5, 2, 4)
         used = Intervals(*rest)
         n_knots = used.knots.numel()
-        slopes = F.pad(used.step / used.a * used.beta_1, (0, 1))
-        sums = slopes.new_empty(2 * n_knots + 1)
+        sums = used.knots.new_empty(2 * n_knots + 1)
         found = [torch.empty_like(values) for values in (x, *known[:2])]
         LIBRARY.call(
             "thresholds_backward",
@@ -224,13 +218,12 @@ class _Thresholds(Function):
             laid_out_as(gradients[0], x),
             *known,
             *ctx.passes,
-            *(index, used.beta_1, used.knots, slopes, n_knots, n),
+            *(index, used.beta_1, used.knots, used.slopes, n_knots, n),
             *found,
             sums,
             *_sizes(x),
         )
-        by_interval = (sums[:n_knots], sums[n_knots:-1], sums[-1])
-        return *found, None, None, *used.gradients(by_interval, *trained)
+        return *found, None, None, *used.gradients(sums, trained)
 
 
 class _Adaptive(Function):
@@ -251,17 +244,17 @@ class _Adaptive(Function):
         n_samples, n_pixels, n_channels, _threads = sizes
         sums = weight.new_empty(3, n_samples, n_channels)
         LIBRARY.call("open_sums", x, *known, *norm.passes, sums, *sizes)
-        beta, *parts = quantizer.adapter.trace(sums[0] / n_pixels)
-        grid = (raw.abs().clamp(min=EPS) * beta, quantizer.qmin, quantizer.qmax)
+        steps, *parts = quantizer.adapted_steps(sums[0] / n_pixels)
+        grid = (steps, quantizer.qmin, quantizer.qmax)
         LIBRARY.call("uniform_by_sample", x, *known, *norm.passes, *grid, out, *sizes)
-        ctx.save_for_backward(x, *known, sums, *grid, raw, beta, *parts)
+        ctx.save_for_backward(x, *known, sums, *grid, raw, *parts)
         ctx.passes, ctx.quantizer = norm.passes, quantizer
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *known), (sums, *grid), (raw, beta, *parts) = _split(ctx.saved_tensors, 5, 4)
+        (x, *known), (sums, *grid), (raw, *parts) = _split(ctx.saved_tensors, 5, 4)
         sizes = _by_sample(x)
         found = [torch.empty_like(values) for values in (x, *known[:2])]
         grad_s_a = torch.empty_like(grid[0])
@@ -273,7 +266,7 @@ class _Adaptive(Function):
             *(*known, *ctx.passes, *grid, found[0], grad_s_a, products, *sizes),
         )
         to_means, grad_raw, to_parameters = ctx.quantizer.trained_gradients(
-            grad_s_a, x, raw, beta, *parts
+            grad_s_a, x, raw, *parts
         )
         shares = (to_means / sizes[1]).contiguous()
         LIBRARY.call(

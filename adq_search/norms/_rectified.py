@@ -77,8 +77,8 @@ class _Thresholds(Function):
         ctx: Any, values: Tensor, passes: Range, quantizer: N2uqInput, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
         y, used, n = F.hardtanh(values, *passes), used_intervals(*trained), quantizer.qmin
-        q, index = _native.thresholds(y, used.beta_1, used.thresholds(), used.step, n)
-        ctx.save_for_backward(y, n, index, *used, *trained)
+        q, index = _native.thresholds(y, used.beta_1, used.thresholds, used.step, n)
+        ctx.save_for_backward(y, n, index, *trained, *used)
         ctx.passes = passes
         ctx.again = _thresholds_again
         return y, q
@@ -88,18 +88,17 @@ class _Thresholds(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         beside, upstream = gradients
         y, n, index, *rest = ctx.saved_tensors
-        used, trained = Intervals(*rest[:4]), rest[5:]
-        slopes = F.pad(used.step / used.a * used.beta_1, (0, 1))
-        grad, *sums = _native.thresholds_backward(
-            *(y, upstream, index, used.beta_1, used.knots, slopes, n),
+        trained, used = rest[:4], Intervals(*rest[4:])
+        grad, sums = _native.thresholds_backward(
+            *(y, upstream, index, used.beta_1, used.knots, used.slopes, n),
             beside=Beside(beside, *ctx.passes),
         )
-        return grad, None, None, *used.gradients((sums[0], sums[1], sums[2]), *trained)
+        return grad, None, None, *used.gradients(sums, trained)
 
 
 def _thresholds_again(ctx: Any) -> Tensor:
     y, n, index, *rest = ctx.saved_tensors
-    return _native.thresholds_again(y, index, Intervals(*rest[:4]).step, n)
+    return _native.thresholds_again(y, index, Intervals(*rest[4:]).step, n)
 
 
 class _Adaptive(Function):
@@ -108,9 +107,8 @@ class _Adaptive(Function):
         ctx: Any, values: Tensor, passes: Range, quantizer: AsqInput, raw: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor]:
         y = F.hardtanh(values, *passes)
-        beta, *parts = quantizer.adapter.trace(quantizer.channel_means(y))
-        s_a = raw.abs().clamp(min=EPS) * beta
-        ctx.save_for_backward(y, s_a, quantizer.qmin, quantizer.qmax, raw, beta, *parts)
+        s_a, *parts = quantizer.adapted_steps(quantizer.channel_means(y))
+        ctx.save_for_backward(y, s_a, quantizer.qmin, quantizer.qmax, raw, *parts)
         ctx.passes, ctx.quantizer = passes, quantizer
         ctx.again = _adaptive_again
         return y, _native.uniform(y, s_a, 0.0, quantizer.qmin, quantizer.qmax)
@@ -119,12 +117,12 @@ class _Adaptive(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         beside, upstream = gradients
-        y, s_a, qmin, qmax, raw, beta, *parts = ctx.saved_tensors
+        y, s_a, qmin, qmax, raw, *parts = ctx.saved_tensors
         grad, grad_s_a = _native.uniform_backward(
             y, upstream, s_a, 0.0, qmin, qmax, 1.0, beside=Beside(beside, *ctx.passes)
         )
         to_means, grad_raw, to_parameters = ctx.quantizer.trained_gradients(
-            grad_s_a, y, raw, beta, *parts
+            grad_s_a, y, raw, *parts
         )
         _passes.add_shares_(grad, y, to_means, ctx.passes)
         return grad, None, None, grad_raw, *to_parameters

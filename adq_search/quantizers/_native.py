@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -11,11 +12,13 @@ from torch import Tensor
 from adq_search.native import NativeLibrary, laid_out_as
 
 #: The quantizers' arithmetic, for other passes too.
-BLOCKS = Path(__file__).with_name("blocks.hpp")
+BLOCKS, INTERVALS, ADAPTER = (
+    Path(__file__).with_name(f"{name}.hpp") for name in ("blocks", "intervals", "adapter")
+)
 #: Arguments of each function; see `kernels.cpp`.
 LIBRARY = NativeLibrary(
     Path(__file__).with_name("kernels.cpp"),
-    headers=[BLOCKS],
+    headers=[BLOCKS, INTERVALS, ADAPTER],
     signatures={
         "uniform": "lpplfpplplll",
         "uniform_backward": "lppplfpplfpffpplll",
@@ -25,6 +28,10 @@ LIBRARY = NativeLibrary(
         "thresholds": "lppplppppll",
         "thresholds_again": "lpppppll",
         "thresholds_backward": "lpppppplppffppll",
+        "used_intervals": "lpppplffp",
+        "interval_gradients": "lpppplffppppp",
+        "adapted_steps": "lppfppppfpppplllll",
+        "adapted_steps_backward": "lpppfpfppfppppppppplllll",
     },
 )
 takes = LIBRARY.takes
@@ -182,7 +189,7 @@ def thresholds_backward(
     qmin: Tensor,
     *,
     beside: Beside | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return the gradient to `values`, and sums over the values of each interval.
 
     Args:
@@ -197,7 +204,7 @@ def thresholds_backward(
 
     Returns:
         Gradient to the values; by interval, sums of R and of R times the distance from its left
-        end, both # shape: (knots,); the sum of R times codes, # shape: ()
+        end, then the sum of R times codes, # shape: (2 knots + 1,)
     """
     n = knots.numel()
     grad_values, sums = torch.empty_like(values), knots.new_empty(2 * n + 1)
@@ -206,7 +213,118 @@ def thresholds_backward(
         *(values, laid_out_as(upstream, values), index, in_scale, knots, slopes, n, qmin),
         *(*_laid_out(beside, values), grad_values, sums, values.numel(), _threads()),
     )
-    return grad_values, sums[:n], sums[n:-1], sums[-1]
+    return grad_values, sums
+
+
+def used_intervals(trained: Sequence[Tensor], narrowest: float, smallest: float) -> list[Tensor]:
+    """Return N2UQ's parameters as they are used: a, beta_1, step, knots, thresholds and slopes.
+
+    Args:
+        trained: Start, widths and scales, as `thresholds_through` takes them.
+        narrowest: Least width in use.
+        smallest: Least scale in use.
+    """
+    start, widths, *scales = trained
+    m = widths.numel()
+    out = widths.new_empty(4 * m + 4)
+    LIBRARY.call("used_intervals", start, widths, *scales, m, narrowest, smallest, out)
+    a, knots, cuts, slopes, ends = out.split((m, m + 1, m, m + 1, 2))
+    return [a, ends[0], ends[1], knots, cuts, slopes]
+
+
+def interval_gradients(
+    sums: Tensor, trained: Sequence[Tensor], narrowest: float, smallest: float
+) -> list[Tensor]:
+    """Return the gradients to start, widths and scales.
+
+    Args:
+        sums: As `thresholds_backward` returned them.
+        trained: As for `used_intervals`, like the rest.
+        narrowest: Least width in use.
+        smallest: Least scale in use.
+    """
+    found = [torch.empty_like(parameter) for parameter in trained]
+    start, widths, *scales = trained
+    place = (widths.numel(), narrowest, smallest, sums, *found)
+    LIBRARY.call("interval_gradients", start, widths, *scales, *place)
+    return found
+
+
+def adapted_steps(
+    means: Tensor, raw: Tensor, smallest: float, adapter: Sequence[Tensor], least: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ASQ's steps of samples, their factors, and the adapters' activations.
+
+    Args:
+        means: Channel means, # shape: (N, C), or (S, N, C) for S quantizers.
+        raw: Trained steps, # shape: (), or (S,)
+        smallest: Least step in use.
+        adapter: Weights and biases of the hidden layer, where there is one, and of the output.
+        least: Least factor.
+
+    Returns:
+        Steps s_a and factors beta, # shape: (N,); hidden activations, # shape: (N, width), the
+        means where there is no hidden layer; output activations, # shape: (N, 1). Each with S
+        before that where the means have it.
+    """
+    *samples, n_channels = means.shape
+    *hidden, output, output_bias = adapter
+    first: list[Tensor | None] = [*hidden] or [None, None]
+    steps, beta, outputs = means.new_empty(3, *samples)
+    width = output.shape[-1]
+    inner = means.new_empty(*samples, width) if hidden else means
+    LIBRARY.call(
+        "adapted_steps",
+        means,
+        *(raw, smallest, *first, output, output_bias, least),
+        *(steps, beta, inner if hidden else None, outputs),
+        *(raw.numel(), steps.numel() // raw.numel(), n_channels, width, _threads()),
+    )
+    return steps, beta, inner, outputs.unsqueeze(-1)
+
+
+def adapted_steps_backward(
+    upstream: Tensor,
+    raw: Tensor,
+    smallest: float,
+    qmax: Tensor,
+    n_features: int,
+    adapter: Sequence[Tensor],
+    least: float,
+    beta: Tensor,
+    means: Tensor,
+    inner: Tensor,
+    outputs: Tensor,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return the gradients to the means, to the raw steps and to the adapters' parameters.
+
+    Args:
+        upstream: Gradient to the steps of samples, shape of these.
+        raw: As for `adapted_steps`, like the other arguments that are not told here.
+        smallest: Least step in use.
+        qmax: Q_P of LSQ's gradient scale, shape of `raw`.
+        n_features: N of that scale.
+        adapter: As above.
+        least: Least factor.
+        beta: As `adapted_steps` returned it, like the activations.
+        means: As above.
+        inner: Hidden activations.
+        outputs: Output activations.
+    """
+    *hidden, output, _ = adapter
+    no_layer: list[None] = [] if hidden else [None, None]
+    to_means, grad_raw = torch.empty_like(means), torch.empty_like(raw)
+    found = [torch.empty_like(parameter) for parameter in adapter]
+    LIBRARY.call(
+        "adapted_steps_backward",
+        means,
+        *(upstream, raw, smallest, qmax, float(n_features), hidden[0] if hidden else None),
+        *(output, least, beta, inner if hidden else None, outputs, to_means, grad_raw),
+        *no_layer,
+        *found,
+        *(raw.numel(), beta.numel() // raw.numel(), means.shape[-1], output.shape[-1], _threads()),
+    )
+    return to_means, grad_raw, found
 
 
 def _laid_out(beside: Beside | None, like: Tensor) -> tuple[Tensor | None, float, float]:

@@ -14,6 +14,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,14 +59,14 @@ def thresholds_through(
     Returns:
         Quantized values, in the dtype of `values`.
     """
-    return _Thresholds.apply(values, start, widths, in_scale, out_scale, qmin)  # type: ignore[no-any-return]
+    return _Thresholds.apply(values, qmin, start, widths, in_scale, out_scale)  # type: ignore[no-any-return]
 
 
 def threshold_index(values: Tensor, start: Tensor, widths: Tensor, in_scale: Tensor) -> Tensor:
     """Return how many thresholds lie below each scaled value; int32, same shape."""
     used = used_intervals(start, widths, in_scale, in_scale)
     scaled = values.to(computing_dtype(values, widths)) * used.beta_1
-    return count_below(scaled, used.thresholds())
+    return count_below(scaled, used.thresholds)
 
 
 class Intervals(NamedTuple):
@@ -76,35 +77,32 @@ class Intervals(NamedTuple):
         beta_1: Input scale, # shape: ()
         step: Distance beta_2 D of two output levels, # shape: ()
         knots: S_0 .. S_M, # shape: (M + 1,)
+        thresholds: T_1 .. T_M, # shape: (M,)
+        slopes: beta_1 beta_2 D / a_i of the interval right of each knot; 0 of the last one,
+            # shape: (M + 1,)
     """
 
     a: Tensor
     beta_1: Tensor
     step: Tensor
     knots: Tensor
+    thresholds: Tensor
+    slopes: Tensor
 
-    def thresholds(self) -> Tensor:
-        """Return T_i = S_(i-1) + a_i / 2, # shape: (M,)."""
-        return self.knots[:-1] + self.a / 2
-
-    def gradients(
-        self,
-        sums: tuple[Tensor, Tensor, Tensor],
-        widths: Tensor,
-        in_scale: Tensor,
-        out_scale: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Return the gradients to s, and to the widths and scales as they are trained.
+    def gradients(self, sums: Tensor, trained: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the gradients to start, widths and scales as they are trained.
 
         Args:
-            sums: Over the values of each interval 1..M, of R, and of R times the distance from its
-                left end, # shape: (M or more,); the sum of R times codes.
-            widths: As trained, like the rest.
-            in_scale: # shape: ()
-            out_scale: # shape: ()
+            sums: Over the values of each interval 1..M and of what lies beyond, of R, then of R
+                times the distance from its left end; last, the sum of R times codes,
+                # shape: (2 M + 3,)
+            trained: Start, widths and scales, as `thresholds_through` takes them.
         """
+        if _native.takes(sums, *trained):
+            return tuple(_native.interval_gradients(sums, trained, MIN_WIDTH, EPS))
+        _, widths, in_scale, out_scale = trained
         m, slope = self.a.numel(), self.step / self.a
-        r_interval, r_distance, r_code = sums[0][:m], sums[1][:m], sums[2]
+        r_interval, r_distance, r_code = sums[:m], sums[m + 1 : 2 * m + 1], sums[-1]
         # Every interval pushes those after it: dg/ds = -D/a_i, and the same for a_j with j < i.
         push = slope * r_interval
         grad_s = -push.sum()
@@ -116,30 +114,23 @@ class Intervals(NamedTuple):
 
 def used_intervals(start: Tensor, widths: Tensor, in_scale: Tensor, out_scale: Tensor) -> Intervals:
     """Return trained parameters as they are used; arguments as of `thresholds_through`."""
-    a = widths.clamp(min=MIN_WIDTH)
-    return Intervals(
-        a=a,
-        beta_1=in_scale.abs().clamp(min=EPS),
-        step=out_scale.abs().clamp(min=EPS) * (2 / a.numel()),
-        knots=start + F.pad(a.cumsum(0), (1, 0)),
-    )
+    trained = (start, widths, in_scale, out_scale)
+    if _native.takes(widths, *trained):
+        return Intervals(*_native.used_intervals(trained, MIN_WIDTH, EPS))
+    a, beta_1 = widths.clamp(min=MIN_WIDTH), in_scale.abs().clamp(min=EPS)
+    step = out_scale.abs().clamp(min=EPS) * (2 / a.numel())
+    knots = start + F.pad(a.cumsum(0), (1, 0))
+    slopes = F.pad(step / a * beta_1, (0, 1))
+    return Intervals(a, beta_1, step, knots, knots[:-1] + a / 2, slopes)
 
 
 class _Thresholds(Function):
     """[Liu2022] Eqs. 8-10 (the generalized straight-through estimator), summed by interval."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        start: Tensor,
-        widths: Tensor,
-        in_scale: Tensor,
-        out_scale: Tensor,
-        n: Tensor,
-    ) -> Tensor:
-        used = used_intervals(start, widths, in_scale, out_scale)
-        thresholds = used.thresholds().to(computing_dtype(x, widths))
+    def forward(ctx: Any, x: Tensor, n: Tensor, *trained: Tensor) -> Tensor:
+        used = used_intervals(*trained)
+        thresholds = used.thresholds.to(computing_dtype(x, used.a))
         ctx.is_native = _native.takes(x, thresholds, used.beta_1, used.step, n)
         ctx.again = _levels_again
         if ctx.is_native:
@@ -156,39 +147,38 @@ class _Thresholds(Function):
             )
             out = from_rows(rows, x, order)
         # One byte an element spares the backward pass a second search.
-        ctx.save_for_backward(x, n, index, widths, in_scale, out_scale, *used)
+        ctx.save_for_backward(x, n, index, *trained, *used)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, n, index, widths, in_scale, out_scale, *rest = ctx.saved_tensors
-        used = Intervals(*rest)
-        slopes = used.step / used.a * used.beta_1
+        x, n, index, *rest = ctx.saved_tensors
+        trained, used = rest[:4], Intervals(*rest[4:])
         if ctx.is_native:
-            grad_x, *sums = _native.thresholds_backward(
-                x, gradients[0], index, used.beta_1, used.knots, F.pad(slopes, (0, 1)), n
+            grad_x, sums = _native.thresholds_backward(
+                x, gradients[0], index, used.beta_1, used.knots, used.slopes, n
             )
         else:
-            order, dtype = row_order(x), computing_dtype(x, widths)
-            rows, *sums = _gradients(
+            order, dtype, n_knots = row_order(x), computing_dtype(x, used.a), len(used.knots)
+            rows, within, distance, r_code = _gradients(
                 to_rows(x, order),
                 to_rows(gradients[0], order),
                 index,
                 used.beta_1,
                 padded(used.knots.to(dtype)),
-                padded(slopes.to(dtype), 0.0, like=used.knots),
+                padded(used.slopes.to(dtype), 0.0, like=used.knots),
                 n,
                 compiled=compiles(x),
             )
             grad_x = from_rows(rows, x, order)
-        trained = used.gradients((sums[0], sums[1], sums[2]), widths, in_scale, out_scale)
-        return grad_x, *trained, None
+            sums = torch.cat([within[:n_knots], distance[:n_knots], r_code.view(1)])
+        return grad_x, None, *used.gradients(sums, trained)
 
 
 def _levels_again(ctx: Any) -> Tensor:
-    x, n, index, _, _, _, *rest = ctx.saved_tensors
-    step = Intervals(*rest).step
+    x, n, index, *rest = ctx.saved_tensors
+    step = Intervals(*rest[4:]).step
     if ctx.is_native:
         return _native.thresholds_again(x, index, step, n)
     order = row_order(x)

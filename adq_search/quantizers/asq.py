@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adq_search.policy import OptionValue
+from adq_search.quantizers import _native
 from adq_search.quantizers._base import INPUT_QUANTIZERS, InputQuantizer
 from adq_search.quantizers._calibration import (
     EPS,
@@ -157,8 +158,23 @@ class AsqInput(InputQuantizer):
         channel_dim = batch.ndim + self.channel_dim
         return batch, [dim for dim in range(1, batch.ndim) if dim != channel_dim]
 
+    def adapted_steps(self, means: Tensor) -> tuple[Tensor, ...]:
+        """Return the steps s_a of samples, # shape: (N,), and what `trained_gradients` needs.
+
+        Args:
+            means: Channel means, # shape: (N, C)
+        """
+        adapter = tuple(self.adapter.parameters())
+        if _native.takes(means, self.step, *adapter):
+            steps, beta, *activations = _native.adapted_steps(
+                means, self.step, EPS, adapter, SMALLEST_FACTOR
+            )
+            return steps, beta, means, *activations
+        beta, *parts = self.adapter.trace(means)
+        return self.step.abs().clamp(min=EPS) * beta, beta, *parts
+
     def trained_gradients(
-        self, upstream: Tensor, values: Tensor, raw: Tensor, beta: Tensor, *parts: Tensor
+        self, upstream: Tensor, values: Tensor, raw: Tensor, *parts: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return the gradients to the channel means, to the step and to the adapter's parameters.
 
@@ -166,13 +182,20 @@ class AsqInput(InputQuantizer):
             upstream: Gradient to the steps s_a, one a sample.
             values: What was quantized.
             raw: The trained step, # shape: ()
-            beta: Factors, shape as `upstream`.
-            *parts: What else `Adapter.trace` returned.
+            *parts: What else `adapted_steps` returned.
         """
-        grad_s = signed(raw, (upstream * beta).sum())
+        beta, means, *activations = parts
         n = n_features(values, self._sample_shape(values))
-        to_beta = (upstream * raw.abs().clamp(min=EPS)).flatten()
-        to_means, to_parameters = self.adapter.gradients(to_beta, *parts)
+        adapter = tuple(self.adapter.parameters())
+        if _native.takes(means, raw, upstream, self.qmax, *adapter):
+            return _native.adapted_steps_backward(
+                *(upstream, raw, EPS, self.qmax, n, adapter, SMALLEST_FACTOR),
+                *(beta, means, *activations),
+            )
+        upstream = upstream.flatten()
+        grad_s = signed(raw, (upstream * beta).sum())
+        to_beta = upstream * raw.abs().clamp(min=EPS)
+        to_means, to_parameters = self.adapter.gradients(to_beta, means, *activations)
         return to_means, grad_s * lsq_gradient_scale(self.qmax, n), to_parameters
 
     def add_mean_gradient_(self, gradient: Tensor, to_means: Tensor) -> None:
@@ -225,10 +248,9 @@ class _Adaptive(Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, raw: Tensor, quantizer: AsqInput, *_: Tensor) -> Tensor:
-        beta, *parts = quantizer.adapter.trace(quantizer.channel_means(values))
-        beta = beta.view(quantizer._sample_shape(values))
-        s_a = raw.abs().clamp(min=EPS) * beta
-        ctx.save_for_backward(values, s_a, quantizer.qmin, quantizer.qmax, raw, beta, *parts)
+        steps, *parts = quantizer.adapted_steps(quantizer.channel_means(values))
+        s_a = steps.view(quantizer._sample_shape(values))
+        ctx.save_for_backward(values, s_a, quantizer.qmin, quantizer.qmax, raw, *parts)
         ctx.quantizer = quantizer
         ctx.again = _adaptive_again
         return uniform_values(values, s_a, quantizer.qmin, quantizer.qmax, None)
@@ -236,10 +258,10 @@ class _Adaptive(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, s_a, n, p, raw, beta, *parts = ctx.saved_tensors
+        values, s_a, n, p, raw, *parts = ctx.saved_tensors
         grad_values, grad_s_a = uniform_gradients(values, gradients[0], s_a, n, p, None)
         to_means, grad_raw, to_parameters = ctx.quantizer.trained_gradients(
-            grad_s_a, values, raw, beta, *parts
+            grad_s_a, values, raw, *parts
         )
         ctx.quantizer.add_mean_gradient_(grad_values, to_means)
         return grad_values, grad_raw, None, *to_parameters

@@ -3,7 +3,9 @@
 // A tensor comes as rows: the values of one row share a step. Sums are taken in blocks of fixed size,
 // so that they do not depend on the number of threads.
 
+#include "adapter.hpp"
 #include "blocks.hpp"
+#include "intervals.hpp"
 
 namespace {
 
@@ -219,4 +221,100 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
         });
     });
     total_of(parts, n_sums, sums);
+}
+
+// ---- Parameters of the passes, small as they are: one call instead of dozens of tensor operations ----
+
+// N2UQ's parameters as they are used, # shape: widths (m,), knots (m + 1,), cuts (m,), slopes
+// (m + 1,), then beta_1 and the step. `half` is never set, here and below.
+extern "C" void used_intervals(long, const void* start, const float* widths, const float* in_scale,
+                               const float* out_scale, long m, float narrowest, float smallest,
+                               float* out) {
+    const int64_t count = m;
+    const Trained trained = {static_cast<const float*>(start), widths, in_scale, out_scale,
+                             &count, m, narrowest, smallest};
+    const Used used(trained, 0);
+    out = std::copy(used.a.begin(), used.a.end(), out);
+    out = std::copy(used.knots.begin(), used.knots.end(), out);
+    out = std::copy(used.cuts.begin(), used.cuts.end(), out);
+    out = std::copy(used.slopes.begin(), used.slopes.end(), out);
+    out[0] = used.beta;
+    out[1] = used.step;
+}
+
+// `sums`: as `thresholds_backward` finds them.
+extern "C" void interval_gradients(long, const void* start, const float* widths,
+                                   const float* in_scale, const float* out_scale, long m,
+                                   float narrowest, float smallest, const float* sums,
+                                   float* grad_start, float* grad_widths, float* grad_in,
+                                   float* grad_out) {
+    const int64_t count = m;
+    const Trained trained = {static_cast<const float*>(start), widths, in_scale, out_scale,
+                             &count, m, narrowest, smallest};
+    Used(trained, 0).gradients(trained, 0, sums, grad_start, grad_widths, grad_in, grad_out);
+}
+
+// Steps of samples by adapters of `slots` quantizers, # shape: (slots, samples): s_a = |raw| beta,
+// beta, and the output activations; hidden ones, # shape: (slots, samples, width). No hidden weights:
+// null, and width is that of the means.
+extern "C" void adapted_steps(long, const void* means, const float* raw, float smallest,
+                              const float* hidden, const float* hidden_bias, const float* output,
+                              const float* output_bias, float least, float* steps, float* beta,
+                              float* inner, float* outputs, long slots, long samples, long channels,
+                              long width, long threads) {
+    const float* mean = static_cast<const float*>(means);
+    in_threads(slots * samples, slots * samples * channels * width, threads, [=](long i) {
+        const long j = i / samples;
+        const Adapter adapter(hidden, hidden_bias, output, output_bias, channels, width, j);
+        outputs[i] = adapter.run(mean + i * channels, inner + (hidden ? i * width : 0));
+        beta[i] = outputs[i] < least ? least : outputs[i];
+        steps[i] = positive(raw[j], smallest) * beta[i];
+    });
+}
+
+// Gradients to the means, to the raw steps (with LSQ's scale 1 / sqrt(qmax features)) and to the
+// adapters, from those to the steps.
+extern "C" void adapted_steps_backward(
+    long, const void* means, const float* upstream, const float* raw, float smallest,
+    const float* qmax, float features, const float* hidden, const float* output, float least,
+    const float* beta, const float* inner, const float* outputs, float* to_means, float* grad_raw,
+    float* grad_hidden, float* grad_hidden_bias, float* grad_output, float* grad_output_bias,
+    long slots, long samples, long channels, long width, long threads) {
+    const float* mean = static_cast<const float*>(means);
+    const float* last = hidden ? inner : mean;  // what the output layer reads
+    std::vector<float> to_outs(slots * samples), to_inners(hidden ? slots * samples * width : 0);
+    float *to_out = to_outs.data(), *to_inner = to_inners.data();
+    const long products = slots * samples * channels * width;
+    in_threads(slots * samples, products, threads, [=](long i) {
+        const long j = i / samples;
+        const Adapter adapter(hidden, nullptr, output, nullptr, channels, width, j);
+        to_out[i] = outputs[i] >= least ? upstream[i] * positive(raw[j], smallest) : 0.0f;
+        adapter.pull(to_out[i], last + i * width, to_inner + (hidden ? i * width : 0),
+                     to_means + i * channels);
+    });
+    for (long j = 0; j < slots; ++j) {
+        double to_step = 0.0, to_bias = 0.0;
+        float* own = grad_output + j * width;
+        std::fill(own, own + width, 0.0f);
+        for (long i = j * samples; i < (j + 1) * samples; ++i) {
+            to_step += static_cast<double>(upstream[i]) * beta[i];
+            to_bias += to_out[i];
+            add_scaled(to_out[i], last + i * width, own, width);
+        }
+        const float scale = 1.0f / std::sqrt(qmax[j] * features);
+        grad_raw[j] = static_cast<float>(to_step) * (raw[j] < 0.0f ? -scale : scale);
+        grad_output_bias[j] = static_cast<float>(to_bias);
+    }
+    if (!hidden) return;
+    in_threads(slots * width, products, threads, [=](long row) {
+        const long j = row / width, k = row % width;
+        float *own = grad_hidden + row * channels, bias = 0.0f;
+        std::fill(own, own + channels, 0.0f);
+        for (long i = j * samples; i < (j + 1) * samples; ++i) {
+            const float by = to_inner[i * width + k];
+            bias += by;
+            add_scaled(by, mean + i * channels, own, channels);
+        }
+        grad_hidden_bias[row] = bias;
+    });
 }

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adq_search.quantizers import Adapter, AsqInput
+from adq_search.quantizers import Adapter, AsqInput, _native
 from adq_search.quantizers._calibration import EPS
 from adq_search.quantizers._through import (
     lsq_gradient_scale,
     positive_step,
-    signed,
     uniform_through,
 )
 from adq_search.quantizers.asq import SMALLEST_FACTOR
@@ -46,44 +45,20 @@ class Adapters(nn.Module):
             self.register_parameter(name.replace(".", "_"), nn.Parameter(own))
         self.is_deep = adapters[0].hidden is not None
 
-    def trace(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the factors, and hidden and output activations, as `Adapter.trace` does.
+    def forward(self, means: Tensor) -> Tensor:
+        """Return the factors, # shape: (S, N).
 
         Args:
             means: Channel means, # shape: (S, N, C)
-
-        Returns:
-            Factors, # shape: (S, N); activations, # shape: (S, N, width), the means where there
-            is no hidden layer, and # shape: (S, N, 1)
         """
         with torch.autocast(means.device.type, enabled=False):
             inner = self._layer("hidden", means) if self.is_deep else means
             out = self._layer("output", inner)
-        return out.squeeze(-1).clamp(min=SMALLEST_FACTOR), inner, out
+        return out.squeeze(-1).clamp(min=SMALLEST_FACTOR)
 
     def _layer(self, name: str, values: Tensor) -> Tensor:
         weight, bias = (self.get_parameter(f"{name}_{kind}") for kind in ("weight", "bias"))
         return F.relu(torch.baddbmm(bias.unsqueeze(1), values, weight.mT))
-
-    def gradients(
-        self, upstream: Tensor, means: Tensor, inner: Tensor, out: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the gradients to the means and to the parameters, in their order.
-
-        Args:
-            upstream: Gradient to the factors, # shape: (S, N)
-            means: What `trace` was given.
-            inner: As `trace` returned it, like `out`.
-            out: # shape: (S, N, 1)
-        """
-        to_out = upstream.unsqueeze(-1) * (out >= SMALLEST_FACTOR)
-        to_inner = to_out @ self.get_parameter("output_weight")
-        found = [to_out.mT @ inner, to_out.sum(dim=1)]
-        if not self.is_deep:
-            return to_inner, found
-        to_inner = to_inner * (inner > 0)
-        to_means = to_inner @ self.get_parameter("hidden_weight")
-        return to_means, [to_inner.mT @ means, to_inner.sum(dim=1), *found]
 
     @torch.no_grad()
     def unstack_(self) -> None:
@@ -110,8 +85,7 @@ class AsqGroup(Group[AsqInput]):
         """Quantize the values of each slot."""
         n = pieces[0][0].numel()
         means = [q.channel_means(p) for q, p in zip(self.quantizers, pieces, strict=True)]
-        dtype = self.step.dtype
-        beta, *_ = self.adapters.trace(torch.stack(means).to(dtype))
+        beta = self.adapters(torch.stack(means).to(self.step.dtype))
         step = positive_step(self.step, lsq_gradient_scale(self.qmax, n)).unsqueeze(1) * beta
         shape = (-1, *(1 for _ in pieces[0].shape[1:]))
         own = zip(pieces, step.unbind(), self.qmin, self.qmax, strict=True)
@@ -123,36 +97,36 @@ class AsqGroup(Group[AsqInput]):
         n_slots, n_channels = len(self.slots), self.quantizers[0].n_channels
         means = torch.empty(n_slots, at.rows, n_channels)
         LIBRARY.call("means", values, at.numbers, n_channels, means, torch.get_num_threads())
-        beta, *parts = self.adapters.trace(means)
-        step = self.step.abs().clamp(min=EPS).unsqueeze(1)
-        s_a = step * beta
+        step, *adapter = self.trained()
+        s_a, beta, *activations = _native.adapted_steps(means, step, EPS, adapter, SMALLEST_FACTOR)
         LIBRARY.call(
             "uniform",
             *(values, at.numbers, s_a, 1, at.rows, 0.0, self.qmin, self.qmax),
             *(out, torch.get_num_threads()),
         )
-        return (s_a, step, beta, means, *parts)
+        return (s_a, step, *adapter, beta, means, *activations)
 
     def backward_into(
         self, gradient: Tensor, values: Tensor, upstream: Tensor, at: Places, *kept: Tensor
     ) -> tuple[Tensor, ...]:
         """Write the gradient to the values; return those to the steps and the adapters."""
-        s_a, step, beta, means, *parts = kept
-        to_step = torch.empty_like(s_a)
+        s_a, step, *adapter, beta, means, inner, outputs = kept
+        to_steps = torch.empty_like(s_a)
         LIBRARY.call(
             "uniform_backward",
             *(values, at.numbers, upstream, s_a, 1, at.rows, 0.0, self.qmin, self.qmax, 0.0),
-            *(gradient, to_step, torch.get_num_threads()),
+            *(gradient, to_steps, torch.get_num_threads()),
         )
-        to_means, to_adapters = self.adapters.gradients(to_step * step, means, *parts)
+        to_means, to_step, to_adapters = _native.adapted_steps_backward(
+            *(to_steps, step, EPS, self.qmax, at.columns, adapter, SMALLEST_FACTOR),
+            *(beta, means, inner, outputs),
+        )
         # The second gradient that inputs receive: through their channel means.
         LIBRARY.call(
             "means_backward",
-            *(gradient, at.numbers, means.shape[-1], to_means.contiguous()),
-            torch.get_num_threads(),
+            *(gradient, at.numbers, means.shape[-1], to_means, torch.get_num_threads()),
         )
-        grad_step = signed(self.step, (to_step * beta).sum(dim=1))
-        return grad_step * lsq_gradient_scale(self.qmax, at.columns), *to_adapters
+        return to_step, *to_adapters
 
     @torch.no_grad()
     def unstack_(self) -> None:

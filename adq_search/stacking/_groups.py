@@ -57,7 +57,7 @@ class Group(nn.Module, ABC, Generic[Q]):
         self.quantizers = list(quantizers.values())  # a plain list: its modules are not ours
 
     def trained(self) -> tuple[Tensor, ...]:
-        """Return the parameters, in the order of the gradients that `backward` returns."""
+        """Return the parameters, in the order of the gradients that `backward_into` returns."""
         return tuple(self.parameters())
 
     @abstractmethod

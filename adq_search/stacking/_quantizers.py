@@ -71,7 +71,8 @@ class StackedQuantizers(nn.Module):
                 alone[str(slot)] = quantizer
         self.groups = nn.ModuleList(kind(own) for kind, own in kinds.items())
         self.alone = nn.ModuleDict(alone)
-        grouped = {slot for group in self._groups() for slot in group.slots}
+        self._groups: list[Group[Any]] = list(self.groups)  # type: ignore[arg-type]
+        grouped = {slot for group in self._groups for slot in group.slots}
         #: Slots whose values no group changes.
         self._rest = tuple(slot for slot in range(len(quantizers)) if slot not in grouped)
         self._n_slots = len(quantizers)
@@ -79,14 +80,14 @@ class StackedQuantizers(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Quantize; same shape."""
-        trained = [parameter for group in self._groups() for parameter in group.trained()]
-        if not self.groups:
+        trained = [parameter for group in self._groups for parameter in group.trained()]
+        if not self._groups:
             out = values
         elif LIBRARY.takes(values, *trained):
             out = _Together.apply(values.contiguous(), self, *trained)
         else:
             pieces = list(values.chunk(self._n_slots, self._dim))
-            for group in self._groups():
+            for group in self._groups:
                 found = group.apart([pieces[slot] for slot in group.slots])
                 for slot, piece in zip(group.slots, found, strict=True):
                     pieces[slot] = piece
@@ -100,18 +101,15 @@ class StackedQuantizers(nn.Module):
 
     def unstack_(self) -> None:
         """Write what was trained together back into the quantizers."""
-        for group in self._groups():
+        for group in self._groups:
             group.unstack_()
 
     def places(self, values: Tensor) -> tuple[list[tuple[Group[Any], Places]], Places | None]:
         """Return the groups with their places in the values, and the places of no group."""
         find: Callable[..., Places] = places_of_inputs if self._dim else places_of_weights
         shape = tuple(values.shape)
-        grouped = [(group, find(shape, self._n_slots, group.slots)) for group in self._groups()]
+        grouped = [(group, find(shape, self._n_slots, group.slots)) for group in self._groups]
         return grouped, find(shape, self._n_slots, self._rest) if self._rest else None
-
-    def _groups(self) -> list[Group[Any]]:
-        return list(self.groups)  # type: ignore[arg-type]
 
 
 def stack_weight_quantizers(quantizers: Sequence[WeightQuantizer | None]) -> StackedQuantizers:

@@ -6,6 +6,7 @@
 // threads.
 
 #include "blocks.hpp"
+#include "intervals.hpp"
 
 namespace {
 
@@ -99,70 +100,6 @@ struct LevelTables {
         return found;
     }
 };
-
-// N2UQ's trained parameters of all slots, and the constants of their use.
-struct Trained {
-    const float *start, *widths, *in_scale, *out_scale, *qmin;
-    const int64_t* counts;
-    long room;
-    float narrowest, smallest;
-};
-
-// Those of one slot as they are used: `Intervals` of `_thresholds.py`.
-struct Used {
-    long m;
-    float beta, step, qmin;
-    std::vector<float> a, knots, slopes;
-    Cuts thresholds;
-
-    Used(const Trained& trained, long j)
-        : m(trained.counts[j]), beta(positive(trained.in_scale[j], trained.smallest)),
-          step(positive(trained.out_scale[j], trained.smallest) * (2.0f / m)),
-          qmin(trained.qmin[j]), a(m), knots(m + 1), slopes(m + 1, 0.0f), thresholds({}) {
-        std::vector<float> between_knots(m);
-        double sum = 0.0;
-        knots[0] = trained.start[j];
-        for (long i = 0; i < m; ++i) {
-            const float width = trained.widths[j * trained.room + i];
-            a[i] = width < trained.narrowest ? trained.narrowest : width;
-            sum += a[i];
-            knots[i + 1] = trained.start[j] + static_cast<float>(sum);
-            between_knots[i] = knots[i] + a[i] / 2;
-            slopes[i] = step / a[i] * beta;
-        }
-        thresholds = Cuts(std::move(between_knots));
-    }
-
-    // `sums` as `thresholds_backward` of `kernels.cpp` has them.
-    void gradients(const Trained& trained, long j, const float* sums, float* grad_start,
-                   float* grad_widths, float* grad_in, float* grad_out) const {
-        const float *r = sums, *distance = sums + m + 1;
-        double pushed = 0.0, to_beta = 0.0;
-        for (long i = 0; i < m; ++i) {
-            pushed += step / a[i] * r[i];
-            to_beta += step / a[i] * (distance[i] + knots[i] * static_cast<double>(r[i]));
-        }
-        double before = 0.0;
-        for (long i = 0; i < m; ++i) {
-            // Every interval pushes those after it.
-            before += step / a[i] * r[i];
-            const bool is_used = trained.widths[j * trained.room + i] >= trained.narrowest;
-            const double found = before - pushed - step / a[i] * distance[i] / a[i];
-            grad_widths[j * trained.room + i] = is_used ? static_cast<float>(found) : 0.0f;
-        }
-        const double to_out = sums[2 * m + 2] * (2.0 / m);
-        to_beta /= beta;
-        grad_start[j] = static_cast<float>(-pushed);
-        grad_in[j] = static_cast<float>(trained.in_scale[j] < 0.0f ? -to_beta : to_beta);
-        grad_out[j] = static_cast<float>(trained.out_scale[j] < 0.0f ? -to_out : to_out);
-    }
-};
-
-std::vector<Used> used_by_all(const Trained& trained, long n_slots) {
-    std::vector<Used> found;
-    for (long j = 0; j < n_slots; ++j) found.emplace_back(trained, j);
-    return found;
-}
 
 }  // namespace
 
@@ -325,17 +262,18 @@ extern "C" void thresholds(long half, const void* values, const int64_t* numbers
                            long room, float narrowest, float smallest, void* out, uint8_t* index,
                            long threads) {
     const Places places(numbers);
-    const Trained trained = {start,  widths, in_scale,  out_scale, qmin,
-                             counts, room,   narrowest, smallest};
+    const Trained trained = {start, widths, in_scale, out_scale, counts, room, narrowest, smallest};
     const auto used = used_by_all(trained, places.n_slots);
-    typed(half, [=, &used](auto kind) {
+    std::vector<Cuts> cuts;
+    for (const Used& own : used) cuts.emplace_back(own.cuts);
+    typed(half, [=, &used, &cuts](auto kind) {
         using T = decltype(kind);
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
-        for_pieces(places, threads, [=, &used](long j, long, const Piece& piece) {
+        for_pieces(places, threads, [=, &used, &cuts](long j, long, const Piece& piece) {
             const Used& own = used[j];
             uint8_t* below = index + (j * places.rows + piece.row) * places.columns + piece.offset;
-            thresholds_block(x + piece.at, own.beta, own.thresholds, own.step, own.qmin,
+            thresholds_block(x + piece.at, own.beta, cuts[j], own.step, qmin[j],
                              to + piece.at, below, piece.size);
         });
     });
@@ -350,8 +288,7 @@ extern "C" void thresholds_backward(long half, const void* values, const int64_t
                                     float* grad_widths, float* grad_in, float* grad_out,
                                     long threads) {
     const Places places(numbers);
-    const Trained trained = {start,  widths, in_scale,  out_scale, qmin,
-                             counts, room,   narrowest, smallest};
+    const Trained trained = {start, widths, in_scale, out_scale, counts, room, narrowest, smallest};
     const auto used = used_by_all(trained, places.n_slots);
     const long most = 2 * (room + 1) + 1;
     std::vector<float> parts(most * places.n_slots * places.chunks());
@@ -364,7 +301,7 @@ extern "C" void thresholds_backward(long half, const void* values, const int64_t
             const Used& own = used[j];
             const Intervals known = {Lookup(own.knots.data(), own.m + 1),
                                      Lookup(own.slopes.data(), own.m + 1),
-                                     static_cast<int32_t>(own.m), own.beta, own.qmin};
+                                     static_cast<int32_t>(own.m), own.beta, qmin[j]};
             float r[BLOCK], moment[BLOCK];
             int32_t interval[BLOCK];
             float *sums = part + most * chunk, codes = 0.0f;
