@@ -245,8 +245,8 @@ def interval_gradients(
     """
     found = [torch.empty_like(parameter) for parameter in trained]
     start, widths, *scales = trained
-    place = (widths.numel(), narrowest, smallest, sums, *found)
-    LIBRARY.call("interval_gradients", start, widths, *scales, *place)
+    constants = (widths.numel(), narrowest, smallest)
+    LIBRARY.call("interval_gradients", start, widths, *scales, *constants, sums, *found)
     return found
 
 
@@ -269,7 +269,7 @@ def adapted_steps(
     """
     *samples, n_channels = means.shape
     *hidden, output, output_bias = adapter
-    first: list[Tensor | None] = [*hidden] or [None, None]
+    first: tuple[Tensor | None, ...] = tuple(hidden) if hidden else (None, None)
     steps, beta, outputs = means.new_empty(3, *samples)
     width = output.shape[-1]
     inner = means.new_empty(*samples, width) if hidden else means
