@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -16,16 +17,50 @@ constexpr long PRODUCTS_WORTH_THREADS = 1L << 18;
 
 inline float rectified(float z) { return z < 0.0f ? 0.0f : z; }
 
-inline float dot(const float* __restrict a, const float* __restrict b, long n) {
-    float sum = 0.0f;
+// Rows that are taken at once: what all of them meet is then read from memory once.
+constexpr long ROWS = 4;
+
+// Products of up to ROWS rows with one vector.
+inline void dots(const float* __restrict rows, long n_rows, const float* __restrict with, long n,
+                 float* out) {
+    if (n_rows < ROWS) {
+        for (long j = 0; j < n_rows; ++j) {
+            float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < n; ++i) sum += a[i] * b[i];
-    return sum;
+            for (long i = 0; i < n; ++i) sum += rows[j * n + i] * with[i];
+            out[j] = sum;
+        }
+        return;
+    }
+    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d)
+    for (long i = 0; i < n; ++i) {
+        a += rows[i] * with[i];
+        b += rows[n + i] * with[i];
+        c += rows[2 * n + i] * with[i];
+        d += rows[3 * n + i] * with[i];
+    }
+    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
 }
 
 inline void add_scaled(float scale, const float* __restrict a, float* __restrict to, long n) {
 #pragma omp simd
     for (long i = 0; i < n; ++i) to[i] += scale * a[i];
+}
+
+// Add rows times a factor each, which lie `stride` apart.
+inline void add_all_scaled(const float* __restrict scales, long stride, const float* __restrict rows,
+                           long n_rows, float* __restrict to, long n) {
+    long j = 0;
+    for (; j + ROWS <= n_rows; j += ROWS) {
+        const float a = scales[j * stride], b = scales[(j + 1) * stride];
+        const float c = scales[(j + 2) * stride], d = scales[(j + 3) * stride];
+        const float* own = rows + j * n;
+#pragma omp simd
+        for (long i = 0; i < n; ++i)
+            to[i] += (a * own[i] + b * own[n + i]) + (c * own[2 * n + i] + d * own[3 * n + i]);
+    }
+    for (; j < n_rows; ++j) add_scaled(scales[j * stride], rows + j * n, to, n);
 }
 
 // Call `work(i)` for i < n.
@@ -34,6 +69,16 @@ void in_threads(long n, long products, long threads, const Work work) {
     if (products < PRODUCTS_WORTH_THREADS) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long i = 0; i < n; ++i) work(i);
+}
+
+// Call `work(j, first, n)` for n samples of the j-th of the slots, counted over all of them.
+template <class Work>
+void for_samples(long slots, long samples, long products, long threads, const Work work) {
+    const long blocks = (samples + ROWS - 1) / ROWS;
+    in_threads(slots * blocks, products, threads, [=](long block) {
+        const long j = block / blocks, before = block % blocks * ROWS;
+        work(j, j * samples + before, before + ROWS < samples ? ROWS : samples - before);
+    });
 }
 
 // One adapter: channels to `width` to one, or channels to one where there are no hidden weights.
@@ -47,24 +92,34 @@ struct Adapter {
           hidden_bias(hidden ? hidden_bias + j * width : nullptr), output(output + j * width),
           output_bias(output_bias + j), channels(channels), width(width) {}
 
-    // Activations of a sample: hidden ones, where there are any, and the output.
-    float run(const float* mean, float* inner) const {
-        if (hidden == nullptr) return rectified(dot(mean, output, channels) + *output_bias);
-        for (long k = 0; k < width; ++k)
-            inner[k] = rectified(dot(mean, hidden + k * channels, channels) + hidden_bias[k]);
-        return rectified(dot(inner, output, width) + *output_bias);
+    // Activations of up to ROWS samples: hidden ones, where there are any, and the output.
+    void run(const float* means, long samples, float* inner, float* outputs) const {
+        if (hidden != nullptr) {
+            for (long k = 0; k < width; ++k) {
+                float found[ROWS];
+                dots(means, samples, hidden + k * channels, channels, found);
+                for (long j = 0; j < samples; ++j)
+                    inner[j * width + k] = rectified(found[j] + hidden_bias[k]);
+            }
+        }
+        dots(hidden != nullptr ? inner : means, samples, output, width, outputs);
+        for (long j = 0; j < samples; ++j) outputs[j] = rectified(outputs[j] + *output_bias);
     }
 
-    // Gradients to a sample's hidden activations before their ReLU, and to its means.
-    void pull(float to_out, const float* inner, float* to_inner, float* to_mean) const {
-        if (hidden == nullptr) {
-            for (long c = 0; c < channels; ++c) to_mean[c] = to_out * output[c];
-            return;
+    // Gradients to up to ROWS samples' hidden activations before their ReLU, and to their means.
+    void pull(const float* to_outs, long samples, const float* inner, float* to_inner,
+              float* to_means) const {
+        for (long j = 0; j < samples; ++j) {
+            float* to_mean = to_means + j * channels;
+            for (long c = 0; c < channels; ++c)
+                to_mean[c] = hidden != nullptr ? 0.0f : to_outs[j] * output[c];
         }
-        std::fill(to_mean, to_mean + channels, 0.0f);
-        for (long k = 0; k < width; ++k) {
-            to_inner[k] = inner[k] > 0.0f ? to_out * output[k] : 0.0f;
-            add_scaled(to_inner[k], hidden + k * channels, to_mean, channels);
+        if (hidden == nullptr) return;
+        for (long j = 0; j < samples; ++j) {
+            float* own = to_inner + j * width;
+            for (long k = 0; k < width; ++k)
+                own[k] = inner[j * width + k] > 0.0f ? to_outs[j] * output[k] : 0.0f;
+            add_all_scaled(own, 1, hidden, width, to_means + j * channels, channels);
         }
     }
 };

@@ -263,12 +263,15 @@ extern "C" void adapted_steps(long, const void* means, const float* raw, float s
                               float* inner, float* outputs, long slots, long samples, long channels,
                               long width, long threads) {
     const float* mean = static_cast<const float*>(means);
-    in_threads(slots * samples, slots * samples * channels * width, threads, [=](long i) {
-        const long j = i / samples;
+    const long products = slots * samples * channels * width;
+    for_samples(slots, samples, products, threads, [=](long j, long first, long n) {
         const Adapter adapter(hidden, hidden_bias, output, output_bias, channels, width, j);
-        outputs[i] = adapter.run(mean + i * channels, inner + (hidden ? i * width : 0));
-        beta[i] = outputs[i] < least ? least : outputs[i];
-        steps[i] = positive(raw[j], smallest) * beta[i];
+        adapter.run(mean + first * channels, n, inner + (hidden ? first * width : 0),
+                    outputs + first);
+        for (long i = first; i < first + n; ++i) {
+            beta[i] = outputs[i] < least ? least : outputs[i];
+            steps[i] = positive(raw[j], smallest) * beta[i];
+        }
     });
 }
 
@@ -285,12 +288,12 @@ extern "C" void adapted_steps_backward(
     std::vector<float> to_outs(slots * samples), to_inners(hidden ? slots * samples * width : 0);
     float *to_out = to_outs.data(), *to_inner = to_inners.data();
     const long products = slots * samples * channels * width;
-    in_threads(slots * samples, products, threads, [=](long i) {
-        const long j = i / samples;
+    for_samples(slots, samples, products, threads, [=](long j, long first, long n) {
         const Adapter adapter(hidden, nullptr, output, nullptr, channels, width, j);
-        to_out[i] = outputs[i] >= least ? upstream[i] * positive(raw[j], smallest) : 0.0f;
-        adapter.pull(to_out[i], last + i * width, to_inner + (hidden ? i * width : 0),
-                     to_means + i * channels);
+        for (long i = first; i < first + n; ++i)
+            to_out[i] = outputs[i] >= least ? upstream[i] * positive(raw[j], smallest) : 0.0f;
+        adapter.pull(to_out + first, n, last + first * width,
+                     to_inner + (hidden ? first * width : 0), to_means + first * channels);
     });
     for (long j = 0; j < slots; ++j) {
         double to_step = 0.0, to_bias = 0.0;
@@ -299,22 +302,20 @@ extern "C" void adapted_steps_backward(
         for (long i = j * samples; i < (j + 1) * samples; ++i) {
             to_step += static_cast<double>(upstream[i]) * beta[i];
             to_bias += to_out[i];
-            add_scaled(to_out[i], last + i * width, own, width);
         }
+        add_all_scaled(to_out + j * samples, 1, last + j * samples * width, samples, own, width);
         const float scale = 1.0f / std::sqrt(qmax[j] * features);
         grad_raw[j] = static_cast<float>(to_step) * (raw[j] < 0.0f ? -scale : scale);
         grad_output_bias[j] = static_cast<float>(to_bias);
     }
     if (!hidden) return;
     in_threads(slots * width, products, threads, [=](long row) {
-        const long j = row / width, k = row % width;
+        const long j = row / width;
+        const float* by = to_inner + j * samples * width + row % width;
         float *own = grad_hidden + row * channels, bias = 0.0f;
         std::fill(own, own + channels, 0.0f);
-        for (long i = j * samples; i < (j + 1) * samples; ++i) {
-            const float by = to_inner[i * width + k];
-            bias += by;
-            add_scaled(by, mean + i * channels, own, channels);
-        }
+        for (long i = 0; i < samples; ++i) bias += by[i * width];
+        add_all_scaled(by, width, mean + j * samples * channels, samples, own, channels);
         grad_hidden_bias[row] = bias;
     });
 }
