@@ -14,7 +14,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.study import Study, StudyDirection
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from adq_search.errors import CostError, SpaceError, did_you_mean
@@ -132,9 +132,12 @@ class CommonParameters:
         self._n_settled = 0
         self._found: dict[str, BaseDistribution] = {}
 
-    def of(self, study: Study) -> dict[str, BaseDistribution]:
-        """Return them by name, with the distribution they all have."""
-        trials = study.get_trials(deepcopy=False)
+    def of(self, trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
+        """Return them by name, with the distribution they all have.
+
+        Args:
+            trials: All trials of the study.
+        """
         while self._n_settled < len(trials) and trials[self._n_settled].number in self._seen:
             self._n_settled += 1
         for trial in trials[self._n_settled :]:

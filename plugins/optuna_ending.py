@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -45,17 +45,21 @@ class StopRule:
         self._plan = session.plan
         self._n_judged = 0
 
-    def is_met(self) -> bool:
-        """Whether the search has settled, and nobody is at a trial any more."""
+    def is_met(self, finished: Sequence[FrozenTrial]) -> bool:
+        """Whether the search has settled, and nobody is at a trial any more.
+
+        Args:
+            finished: The finished trials of the study.
+        """
         if self._plan.job.search.stop is None:
             return False
-        if not is_stopped(self._study) and not self._judge():
+        if not is_stopped(self._study) and not self._judge(measuring(finished)):
             return False
+        # Read anew: one that began before the end was written is waited for.
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return not measuring(running)
 
-    def _judge(self) -> bool:
-        trials = measuring(self._study.get_trials(deepcopy=False, states=_FINISHED))
+    def _judge(self, trials: Sequence[FrozenTrial]) -> bool:
         if len(trials) == self._n_judged:
             return False
         self._n_judged = len(trials)

@@ -124,18 +124,24 @@ class Sweeper:
         self._has_heartbeats = has_heartbeats
         self._seen: dict[int, tuple[Any, float]] = {}
 
-    def sweep(self, study: Study, *, mine: Collection[int] = ()) -> None:
+    def sweep(self, study: Study, *, mine: Collection[int] = ()) -> list[FrozenTrial]:
         """Look at every running trial once.
 
         Args:
             study: The study.
             mine: Numbers of the trials that this process is running.
+
+        Returns:
+            All trials of the study, as they are afterwards: a database is slow to read them again.
         """
         if self._has_heartbeats:
             optuna.storages.fail_stale_trials(study)
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.number not in mine and self._is_over(trial):
-                give_up(study, trial)
+        trials = study.get_trials(deepcopy=False)
+        running = [t for t in trials if t.state == TrialState.RUNNING and t.number not in mine]
+        lost = [t for t in running if self._is_over(t)]
+        for trial in lost:
+            give_up(study, trial)
+        return study.get_trials(deepcopy=False) if lost else trials
 
     def _is_over(self, trial: FrozenTrial) -> bool:
         worker = trial.user_attrs.get(WORKER)

@@ -135,7 +135,7 @@ class PolicyObjective:
         policy = plan.space.policy_of(self._draw(trial))
         totals = plan.totals(policy)
         trial.set_user_attr("policy_hash", policy.hash)
-        trial.set_user_attr(WORKER, worker_name())
+        _sign(trial)
         excess = plan.excess(totals)
         for name, amount in excess.items():
             trial.set_constraint(name, amount)
@@ -175,7 +175,7 @@ class PolicyObjective:
         """Train a policy of the front again with the seed that the trial names."""
         seed = int(trial.user_attrs[REPLICATE_SEED])
         policy = self.session.plan.space.policy_of(self._draw(trial))
-        trial.set_user_attr(WORKER, worker_name())
+        _sign(trial)
         for other in _live_trials(trial.study):
             theirs = other.user_attrs.get("policy_hash"), other.user_attrs.get(REPLICATE_SEED)
             if other.number < trial.number and theirs == (policy.hash, seed):
@@ -287,6 +287,12 @@ def result_of(trial: FrozenTrial) -> TrialResult | None:
     """Return what a trial measured, None while it runs or where it measured nothing itself."""
     stored = trial.user_attrs.get("result")
     return None if stored is None else TrialResult.from_json(stored)
+
+
+def _sign(trial: Trial) -> None:
+    """Write who is at a trial, unless whoever holds its lease has: a write is a transaction."""
+    if trial.user_attrs.get(WORKER) != worker_name():
+        trial.set_user_attr(WORKER, worker_name())
 
 
 def _is_claim(trial: FrozenTrial) -> bool:

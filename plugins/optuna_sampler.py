@@ -64,6 +64,8 @@ class PolicySampler(BaseSampler):
         CostError: A budget is on no figure of `costs`.
     """
 
+    _look: tuple[int, list[FrozenTrial]] | None
+
     def __init__(
         self,
         space: SearchSpace,
@@ -104,7 +106,9 @@ class PolicySampler(BaseSampler):
         """Return the space's parameters and those of every finished trial."""
         with self._lock:
             self._turn_to(study)
-            common = self._common.of(study)
+            trials = study.get_trials(deepcopy=False)
+            self._look = trial.number, trials
+            common = self._common.of(trials)
         if common and not self._ours.keys() <= common.keys():
             return self._fallback.infer_relative_search_space(study, trial)
         return common | self._ours
@@ -126,7 +130,7 @@ class PolicySampler(BaseSampler):
         with self._lock:
             self._turn_to(study)
             history = self._history_with(study, extras)
-            trials = study.get_trials(deepcopy=False)
+            trials = self._trials_for(study, trial)
             guide = history.read(study.directions, [t for t in trials if t.state in _FINISHED])
             running = [
                 t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number
@@ -164,6 +168,7 @@ class PolicySampler(BaseSampler):
         self._study: str | None = None
         self._history: History | None = None
         self._common = CommonParameters()
+        self._look = None
 
     def _turn_to(self, study: Study) -> None:
         """Start afresh where the study is another one than before."""
@@ -173,6 +178,17 @@ class PolicySampler(BaseSampler):
     def _forget_study(self, name: str) -> None:
         self._study, self._history = name, None
         self._common = CommonParameters()
+        self._look = None
+
+    def _trials_for(self, study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+        """Return all trials, as they were read for this one's search space just before.
+
+        A database that many workers share takes longer to read them than a proposal takes.
+        """
+        look, self._look = self._look, None
+        if look is not None and look[0] == trial.number:
+            return look[1]
+        return study.get_trials(deepcopy=False)
 
     def _history_with(self, study: Study, extras: dict[str, BaseDistribution]) -> History:
         """Return the study's history as seen with these further parameters."""

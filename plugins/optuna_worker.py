@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -141,27 +141,29 @@ class Worker:
         is_over = False
         while True:
             after()
-            self._sweeper.sweep(self._study)
-            if is_over or self._is_over(progress):
+            trials = self._sweeper.sweep(self._study)
+            if is_over or self._is_over(trials, progress):
                 is_over = True
                 if self._replicates.advance(progress, self._run_one):
                     return
-            elif self._is_full() or is_stopped(self._study):
+            elif self._is_full(trials) or is_stopped(self._study):
                 time.sleep(_POLL_S)
             elif self._n_per_pass == 1:
                 self._run_one()
             else:
                 self._run_pass()
 
-    def _is_over(self, progress: Progress) -> bool:
+    def _is_over(self, trials: Sequence[FrozenTrial], progress: Progress) -> bool:
         """Whether the search has ended: by its number of trials, its space, or its stop rule."""
-        done = n_measured(self._study)
+        finished = [t for t in trials if t.state in FINISHED]
+        done = len(measuring(finished))
         progress.update("trials", min(done, self._n_trials), self._n_trials)
-        return done >= self._n_trials or is_exhausted(self._study) or self._stop_rule.is_met()
+        return done >= self._n_trials or is_exhausted(finished) or self._stop_rule.is_met(finished)
 
-    def _is_full(self) -> bool:
+    def _is_full(self, trials: Sequence[FrozenTrial]) -> bool:
         """Whether as many policies as the job asks for are measured or being measured."""
-        return len(_claimed(self._study)) >= self._n_trials
+        at_work = [t for t in trials if t.state in (TrialState.RUNNING, *FINISHED)]
+        return len(measuring(at_work)) >= self._n_trials
 
     def _run_pass(self) -> None:
         """Draw policies until a pass is full, train them together, and tell their results."""
@@ -169,7 +171,9 @@ class Worker:
         with ExitStack() as leases:
             try:
                 for _ in range(_DRAWS_PER_NETWORK * self._n_per_pass):
-                    if len(drawn) == self._n_per_pass or self._is_full():
+                    if len(drawn) == self._n_per_pass:
+                        break
+                    if self._is_full(self._study.get_trials(deepcopy=False)):
                         break
                     trial = self._study.ask()
                     self._running.add(trial.number)
@@ -266,9 +270,8 @@ def n_measured(study: Study) -> int:
     return len(measuring(study.get_trials(deepcopy=False, states=FINISHED)))
 
 
-def is_exhausted(study: Study) -> bool:
-    """Whether the last many draws brought nothing new."""
-    finished = study.get_trials(deepcopy=False, states=FINISHED)
+def is_exhausted(finished: Sequence[FrozenTrial]) -> bool:
+    """Whether the last many draws of a study brought nothing new, by its finished trials."""
     last = [t for t in finished if REPLICATE_SEED not in t.user_attrs][-_MAX_IDLE_DRAWS:]
     return len(last) == _MAX_IDLE_DRAWS and not measuring(last)
 
@@ -306,11 +309,6 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             optuna.logging.set_verbosity(verbosity)
-
-
-def _claimed(study: Study) -> list[FrozenTrial]:
-    """Return the trials that measured a policy or are measuring one now."""
-    return measuring(study.get_trials(deepcopy=False, states=(TrialState.RUNNING, *FINISHED)))
 
 
 def _was_taken(error: Exception) -> bool:
