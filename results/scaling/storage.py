@@ -70,6 +70,12 @@ def processor_s(pids):
     return total / TICKS
 
 
+def machine_s():
+    """Return the processor seconds of everything on this machine."""
+    user, nice, system, _, _, irq, soft = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + soft) / TICKS
+
+
 def children(pid):
     """Return the processes that a process started."""
     found = Path("/proc", str(pid), "task").glob("*/children")
@@ -286,11 +292,13 @@ def measure(options):
             "server": lambda: [postmaster, *children(postmaster)],
         }
         used_s = {who: processor_s(pids()) for who, pids in groups.items()}
+        all_s = machine_s()
         began = time.monotonic()
         # Counted while all workers run, after each has begun a trial.
         time.sleep(options.seconds)
         wall_s = time.monotonic() - began
         used_s = {who: processor_s(pids()) - used_s[who] for who, pids in groups.items()}
+        all_s = machine_s() - all_s
         n_connections = len(children(postmaster))
         found = [out.get() for _ in range(options.processes)]
         launcher.join()
@@ -312,6 +320,7 @@ def measure(options):
             "storage_s": float(np.median([t["storage_s"] for t in told])),
             **{f"{who}_cpu_ms": 1e3 * seconds / n for who, seconds in used_s.items()},
             "processors_used": sum(used_s.values()) / wall_s,
+            "used_by_others": (all_s - sum(used_s.values())) / wall_s,
             "server_processes": n_connections,
             "errors": len(errors),
             "lost": len(lost),
@@ -325,19 +334,20 @@ def summary(rows):
         "those told in the second half of a run. Processor time a trial is told of the worker, of "
         "Optuna's gRPC proxies and of the server; the last but one column is the rate at which the "
         f"server alone would fill the {n} processors. `s in storage` is the median wall time that "
-        "a worker spends in the storage for one trial.",
+        "a worker spends in the storage for one trial. `by others`: processors that other programs "
+        "took during the run, or the system for none of these; above 0.2 the rate is too low.",
         "",
         "| workers | processes | parameters | by | proxies | commits | asked, 1/s | reached, 1/s | "
-        "trials | worker, ms | proxy, ms | server, ms | processors used | s in storage | server's "
-        "limit, 1/s | lost or failed |",
-        "| ---: | ---: | ---: | --- | ---: | --- |" + " ---: |" * 10,
+        "trials | worker, ms | proxy, ms | server, ms | processors used | by others | s in storage "
+        "| server's limit, 1/s | lost or failed |",
+        "| ---: | ---: | ---: | --- | ---: | --- |" + " ---: |" * 11,
     ]
     for r in rows:
         commits = "on disk" if r["sync"] == "True" else "not waited for"
         limit = n / (1e-3 * float(r["server_cpu_ms"]))
         shown = {"asked_per_s": "g", "trials_per_s": ".1f", "trials": ".0f", "worker_cpu_ms": ".0f"}
         shown |= {"proxy_cpu_ms": ".0f", "server_cpu_ms": ".0f"}
-        shown |= {"processors_used": ".2f", "storage_s": ".2f"}
+        shown |= {"processors_used": ".2f", "used_by_others": ".2f", "storage_s": ".2f"}
         cells = [r[name] for name in ("workers", "processes", "parameters", "by", "proxies")]
         cells.append(commits)
         cells += [format(float(r[name]), kind) for name, kind in shown.items()]
