@@ -304,7 +304,7 @@ class History:
         )
         if forecast is None:
             return False
-        guide.tell(row, forecast.end, noise=forecast.error)
+        guide.tell_stopped(row, forecast.end, error=forecast.error)
         return True
 
 

@@ -130,7 +130,7 @@ class GuideProposals:
             losses[-1],
         )
         if forecast is not None:
-            self._guide.tell(row, forecast.end, noise=forecast.error)
+            self._guide.tell_stopped(row, forecast.end, error=forecast.error)
         return forecast is not None
 
     def _row(self, params: Params) -> Row:

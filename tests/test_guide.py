@@ -1,5 +1,6 @@
 """The guide: what it learns, what it proposes, and what it never does."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -231,6 +232,39 @@ def test_diverged_policies_are_avoided_and_crashed_ones_only_not_repeated():
         [m.model.mean().losses[0, 0] / m.model.mean().losses[0, 3]] for m in (avoiding, neutral)
     ]
     assert first[0] > first[1]
+
+
+def test_a_stopped_policy_is_learned_from_but_leaves_its_place_on_the_front_open():
+    """Beside a finished policy there is less to gain than beside one that was stopped."""
+    nearby = {"finished": 0, "stopped": 0}
+    for seed in range(25):
+        before = told(Guide(decisions(6)), 20, np.random.default_rng(seed))
+        row = before.propose(np.random.default_rng([seed, 1]))
+        log_loss = np.log(true_loss(row, np.ones(6)))
+        for state in nearby:
+            guide = copy.deepcopy(before)
+            if state == "finished":
+                guide.tell(row, log_loss)
+            else:
+                guide.tell_stopped(row, log_loss, error=0.1)
+            assert guide.n_told == 21
+            found = guide.propose(np.random.default_rng([seed, 2]))
+            assert found != row
+            nearby[state] += int(np.abs(np.subtract(found, row)).sum() <= 2)
+    assert nearby["stopped"] > nearby["finished"] + 2
+
+
+def test_a_forecast_of_little_error_teaches_more_than_one_of_much():
+    rows = [(0, 3, 3, 3), (1, 3, 3, 3)]
+    level = {}
+    for error in (0.01, 3.0):
+        guide = told(Guide(decisions()), 20, np.random.default_rng(0))
+        before = guide.model.log_loss(guide.model.mean(), np.array(rows))
+        for row in rows:
+            guide.tell_stopped(row, np.log(true_loss(row)) + 1.0, error=error)
+        guide.propose(np.random.default_rng(1))
+        level[error] = (guide.model.log_loss(guide.model.mean(), np.array(rows)) - before).mean()
+    assert level[0.01] > 2.0 * abs(level[3.0])
 
 
 def test_a_learning_rate_is_learned_beside_the_bits():

@@ -3,7 +3,8 @@
 Each proposal is the answer to one draw from the posterior of the loss (Thompson sampling,
 [Russo2018]_): the front of the drawn belief is swept exactly, and the policy is taken that would
 add most hypervolume to what the same draw thinks of the policies tried already. Trials still
-running count as tried, so that any number of them spread over the front [Bradford2018]_.
+running count as tried, so that any number of them spread over the front [Bradford2018]_. Trials
+stopped early are learned from, but do not count: what they would have added is still to be had.
 Draws lie half as far from the mean as the posterior's: so reshaped they regret less
 [Chapelle2011]_, and some hundred trials cannot explore that many dimensions anyway.
 
@@ -72,6 +73,7 @@ class Guide:
         self._budgets = dict(budgets or {})
         self._monotone = Monotone(self.decisions, width)
         self._tried: dict[Choice, None] = {}
+        self._counted: dict[Choice, None] = {}
         self._choices: list[Choice] = []
         self._log_losses: list[float] = []
         self._values: list[float] = []
@@ -82,7 +84,7 @@ class Guide:
 
     @property
     def n_told(self) -> int:
-        """Number of trials whose loss was told."""
+        """Number of trials whose loss was told or forecast."""
         return len(self._choices)
 
     @property
@@ -96,7 +98,6 @@ class Guide:
         log_loss: float,
         *,
         value: float | None = None,
-        noise: float = 0.0,
     ) -> None:
         """Take the result of a finished trial.
 
@@ -105,15 +106,20 @@ class Guide:
             log_loss: Natural logarithm of its KL to the teacher, or of another positive loss.
             value: The objective that hypervolume is measured in, minimised; None where the trial
                 did not measure it. Without any value it is the loss.
-            noise: Standard deviation of `log_loss` beyond that of every trial, as of one that was
-                stopped early and extrapolated.
         """
         row = tuple(int(c) for c in choices)
-        self._tried[row] = None
-        self._choices.append(row)
-        self._log_losses.append(float(log_loss))
-        self._values.append(math.nan if value is None else float(value))
-        self._noise.append(float(noise))
+        self._counted[row] = None
+        self._observe(row, log_loss, math.nan if value is None else value, 0.0)
+
+    def tell_stopped(self, choices: Sequence[int], log_loss: float, *, error: float) -> None:
+        """Take what a trial that was stopped early was heading for.
+
+        Args:
+            choices: What it chose; not proposed again.
+            log_loss: Forecast of the natural logarithm of its loss.
+            error: Standard deviation of that forecast, beyond that of every trial.
+        """
+        self._observe(tuple(int(c) for c in choices), log_loss, math.nan, error)
 
     def tell_failure(self, choices: Sequence[int], *, diverged: bool = True) -> None:
         """Take a trial without a result.
@@ -123,7 +129,7 @@ class Guide:
             diverged: Training went wrong, which tells of the policy; a crash tells nothing.
         """
         row = tuple(int(c) for c in choices)
-        self._tried[row] = None
+        self._tried[row] = self._counted[row] = None
         if diverged:
             self._failures.append(row)
 
@@ -158,6 +164,13 @@ class Guide:
                 return found
         return self._any_other(best[0], taken, rng)
 
+    def _observe(self, row: Choice, log_loss: float, value: float, noise: float) -> None:
+        self._tried[row] = None
+        self._choices.append(row)
+        self._log_losses.append(float(log_loss))
+        self._values.append(float(value))
+        self._noise.append(float(noise))
+
     def _learn(self) -> None:
         n = len(self._choices)
         if n == self._n_learned or n == 0:
@@ -172,8 +185,8 @@ class Guide:
         self._n_learned = n
 
     def _known_rows(self) -> Indices:
-        """Return every policy that was tried, # shape: (policies, decisions)."""
-        new = itertools.islice(self._tried, len(self._known), None)
+        """Return every policy that counts as tried, # shape: (policies, decisions)."""
+        new = itertools.islice(self._counted, len(self._known), None)
         self._known = np.concatenate([self._known, self._rows(list(new))])
         return self._known
 
