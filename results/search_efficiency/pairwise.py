@@ -232,6 +232,7 @@ def summary(rows, shares):
 
 
 def main(seeds, trials):
+    made = provenance(seed=0)  # before files change
     rows = list(validated(seeds))
     with (HERE / "pairwise.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, rows[0], lineterminator="\n")
@@ -241,8 +242,7 @@ def main(seeds, trials):
     shares = {m: [searched(g, s, trials) for s in range(seeds)] for m, g in guides.items()}
     text = summary(rows, shares)
     (HERE / "pairwise.md").write_text(text)
-    made = {"shares": shares, **provenance(seed=0)}
-    (HERE / "pairwise.json").write_text(json.dumps(made, indent=1) + "\n")
+    (HERE / "pairwise.json").write_text(json.dumps({"shares": shares, **made}, indent=1) + "\n")
     print(text)
 
 
