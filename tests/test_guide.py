@@ -120,6 +120,20 @@ def test_noise_that_grows_with_the_loss_is_noticed():
     assert 0.4 < model._slope < 1.6  # of the variance: twice that of the standard deviation
 
 
+@pytest.mark.parametrize("claimed", [0.5, 1.0], ids=["as it is", "twice what it is"])
+def test_known_noise_of_some_trials_is_not_taken_for_that_of_all(claimed):
+    """The worse half was stopped early, and its forecasts are off by 0.5: finished ones by 0.05."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 4, (80, 4))
+    y = np.log([true_loss(row) for row in rows])
+    is_stopped = y > np.median(y)
+    model = LossModel(decisions())
+    told_losses = y + np.where(is_stopped, 0.5, 0.05) * rng.standard_normal(80)
+    model.fit(rows, told_losses, np.where(is_stopped, claimed, 0.0))
+    assert 0.05 < model.noise < 0.1  # it holds on to 0.2 at first
+    assert abs(model._slope) < 0.5
+
+
 @given(hnp.arrays(float, (3, 4), elements=st.floats(0.0, 10.0)))
 @settings(max_examples=50, deadline=None)
 def test_losses_fall_with_bits_after_the_projection(losses):

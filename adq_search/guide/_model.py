@@ -122,9 +122,12 @@ class LossModel:
                     spreads[member] = np.sqrt(total / (member.sum() + _HOLD))
             residual = y - self._values(at, choices)[0]
             leverage = np.einsum("np,pq,nq->n", rows, covariance, rows, optimize=True)
-            scaled = (residual**2 + leverage) * sigma**2 * weights
+            # Of what a trial is off by, this share is expected to be its own noise.
+            own = sigma**2 * weights
+            scaled = own**2 * (residual**2 + leverage) + own * noise**2
             sigma = float(np.sqrt((scaled.sum() + _HOLD * _NOISE**2) / (len(y) + _HOLD)))
-        self._slope = _noise_slope(residual, y - self._centre)
+        measured = noise == 0.0
+        self._slope = _noise_slope(residual[measured], y[measured])
         self._spreads, self._noise, self._at = spreads, sigma, at
         self._precision = np.diag(spreads**-2.0)
         self._moment = np.zeros_like(at)
@@ -247,9 +250,11 @@ def _log_predictions(decisions: Sequence[Decision], width: int) -> Floats:
 
 def _noise_slope(residual: Floats, level: Floats) -> float:
     """Return beta: the slope of log squared residuals, drawn to zero by few trials."""
-    n = len(residual)
+    if len(residual) < _MIN_FOR_SLOPE:
+        return 0.0
+    level = level - level.mean()
     spread = float(level @ level)
-    if n < _MIN_FOR_SLOPE or spread == 0.0:
+    if spread == 0.0:
         return 0.0
     logs = np.log(residual**2 + 1e-6)
     # A log squared normal has variance pi^2 / 2; the slope's prior is N(0, 0.5^2).
