@@ -29,6 +29,8 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
 // Values that are compared with all cuts at once.
 constexpr long STRIP = 4 * LANES;
+// Room for values of which the last strip may not be full.
+constexpr long strips(long size) { return (size + STRIP - 1) / STRIP * STRIP; }
 // Up to this many intervals, comparing with each is faster than adding value by value.
 constexpr long FEW_INTERVALS = 32;
 // Up to this many cuts, comparing with each is faster than searching: only some processors look up
@@ -53,9 +55,11 @@ inline void put(T* to, floats values) {
 
 // Halves are added to each other: no addition waits for fifteen others.
 inline float sum_of(floats values) {
-    for (long width = LANES / 2; width > 0; width /= 2)
-        for (long j = 0; j < width; ++j) values[j] += values[j + width];
-    return values[0];
+    static_assert(LANES == 16, "the halves below");
+    values += __builtin_shuffle(values, ints{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    values += __builtin_shuffle(values, ints{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    values += __builtin_shuffle(values, ints{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    return values[0] + values[1];
 }
 
 // The step in use: `positive_step` of `_through.py`.
@@ -139,6 +143,7 @@ class Cuts {
                 const long at = ((2 * i + 1) << (depth_ - 1 - d)) - 1;
                 nodes_.push_back(at < n ? sorted_[at] : INFINITY);
             }
+            if (d < NEAR) std::memcpy(&near_[d], level(d), sizeof(float) << d);
         }
     }
 
@@ -150,11 +155,12 @@ class Cuts {
                 for (long j = 0; j < STRIP / LANES; ++j) count[j] -= z[j] > cut;
             return;
         }
-        for (long d = 0; d < depth_; ++d) {
-            const Lookup level(nodes_.data() + (1L << d) - 1, 1L << d);
+        for (long d = 0; d < depth_ && d < NEAR; ++d)
             for (long j = 0; j < STRIP / LANES; ++j)
-                count[j] = count[j] + count[j] - (z[j] > level.at(count[j]));
-        }
+                count[j] = count[j] + count[j] - (z[j] > __builtin_shuffle(near_[d], count[j]));
+        for (long d = NEAR; d < depth_; ++d)
+            for (long j = 0; j < STRIP / LANES; ++j)
+                count[j] = count[j] + count[j] - (z[j] > looked_up(level(d), count[j]));
     }
 
     // The same for a buffer that holds whole strips.
@@ -171,8 +177,14 @@ class Cuts {
     long size() const { return static_cast<long>(sorted_.size()); }
 
   private:
+    // Levels whose nodes stay in a register each.
+    static constexpr long NEAR = 5;
+
+    const float* level(long d) const { return nodes_.data() + (1L << d) - 1; }
+
     std::vector<float> sorted_, nodes_;
     long depth_ = 0;
+    floats near_[NEAR] = {};
 };
 
 // Tables of sums by interval; neighbouring values go to different ones.

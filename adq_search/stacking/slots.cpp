@@ -25,8 +25,6 @@ struct Places {
     long padded() const { return strips(columns < BLOCK ? columns : BLOCK); }
     long pieces_in_chunk() const { return padded() < BLOCK ? BLOCK / padded() : 1; }
     long chunks() const { return (pieces() + pieces_in_chunk() - 1) / pieces_in_chunk(); }
-
-    static long strips(long size) { return (size + STRIP - 1) / STRIP * STRIP; }
 };
 
 // Values of one row: at most a block.
@@ -228,7 +226,7 @@ extern "C" void codebook(long half, const void* weights, const int64_t* numbers,
             float z[BLOCK], q[BLOCK], error[BLOCK], one[BLOCK];
             int32_t index[BLOCK], interval[BLOCK];
             long size = 0;
-            for (long p = first; p < last; ++p, size = Places::strips(size)) {
+            for (long p = first; p < last; ++p, size = strips(size)) {
                 const Piece piece(places, j, p);
                 nearest_block(w + piece.at, 1.0f, tables.of(j), cuts[j], z, q, index, piece.size);
                 scaled_block(q, 1.0f, to + piece.at, piece.size);
@@ -313,7 +311,7 @@ extern "C" void thresholds_backward(long half, const void* values, const int64_t
                 codes += interval_slopes(known, x + piece.at, gradient + piece.at, below,
                                          to + piece.at, r + size, moment + size, interval + size,
                                          piece.size);
-                size += Places::strips(piece.size);
+                size += strips(piece.size);
             }
             sums_by_interval(r, moment, interval, own.m + 1, sums, size);
             sums[2 * (own.m + 1)] = codes;
