@@ -329,7 +329,8 @@ def main():
     asked = parser.parse_args()
     from adq_search.provenance import provenance  # noqa: PLC0415
 
-    file = asked.out / "rounds.csv"
+    made = provenance(seed=SEED)  # of the tree before files in it change
+    file, kept = asked.out / "rounds.csv", asked.out / "run.json"
     asked.out.mkdir(parents=True, exist_ok=True)
     is_kept = asked.tables or (asked.go_on and file.exists())
     rows = read_rounds(file) if is_kept else []
@@ -340,12 +341,14 @@ def main():
         parser.error("name the folder of the older version")
     if not rows:
         file.unlink(missing_ok=True)
-    (asked.out / "run.json").write_text(json.dumps(provenance(seed=SEED), indent=2) + "\n")
+    runs = json.loads(kept.read_text()) if rows and kept.exists() else {}
     for job in asked.jobs:
         done = len({r["round"] for r in rows if r["job"] == job})
         n_trials = asked.trials or TRIALS.get(job, 8)
         if done >= asked.repeats:
             continue
+        runs[job] = made
+        kept.write_text(json.dumps(runs, indent=2) + "\n")
         for new in race(job, asked.old.resolve(), n_trials, range(done, asked.repeats)):
             is_first = not file.exists()
             with file.open("a", newline="") as out:
