@@ -129,14 +129,13 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    made = provenance(seed=SEED)  # of the tree before files in it change
     rows = [row for name in asked.jobs for row in race(name, asked.repeats)]
     with (HERE / "steps.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    (HERE / "run.json").write_text(
-        json.dumps({**provenance(seed=SEED), "threads": asked.threads}, indent=2) + "\n"
-    )
+    (HERE / "run.json").write_text(json.dumps({**made, "threads": asked.threads}, indent=2) + "\n")
     (HERE / "steps.md").write_text(summary(rows))
     print(summary(rows))
 
