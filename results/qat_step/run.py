@@ -164,6 +164,7 @@ def main():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     torch.set_num_threads(asked.threads)
     start = time.perf_counter()
+    made = provenance(seed=SEED)  # of the tree before files in it change
     rows = []
     for network in asked.networks:
         names = variants(with_compiled=network in asked.compiled, with_eager=not asked.no_eager)
@@ -175,7 +176,6 @@ def main():
     (HERE / "steps.md").write_text(table(found))
     (HERE / "kernels.md").write_text(kernel_table(kernels))
     (HERE / "steps.svg").write_text(drawn(found))
-    made = provenance(seed=SEED)
     made |= {"threads": asked.threads, "allocator": ALLOCATOR, "load": os.getloadavg()}
     made["wall_s"] = round(time.perf_counter() - start)
     (HERE / "run.json").write_text(json.dumps(made, indent=2) + "\n")

@@ -364,6 +364,7 @@ def summary(rows):
 
 
 def main(options):
+    made = provenance(seed=0)  # of the tree before files in it change
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     row, wrong = measure(options)
@@ -376,7 +377,7 @@ def main(options):
         writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
     with file.open(newline="") as lines:
         (HERE / "storage.md").write_text(summary(list(csv.DictReader(lines))))
-    (HERE / "storage.json").write_text(json.dumps(provenance(seed=0), indent=1) + "\n")
+    (HERE / "storage.json").write_text(json.dumps(made, indent=1) + "\n")
     print(row, *wrong, sep="\n")
     if wrong:
         raise SystemExit(1)
