@@ -27,7 +27,7 @@ from adq_search.quantizers._through import (
 )
 from adq_search.quantizers.asq import SMALLEST_FACTOR
 from adq_search.stacking._groups import Group
-from adq_search.stacking._native import LIBRARY, Places
+from adq_search.stacking._native import Places, run
 
 
 class Adapters(nn.Module):
@@ -96,14 +96,10 @@ class AsqGroup(Group[AsqInput]):
         """Quantize in C++."""
         n_slots, n_channels = len(self.slots), self.quantizers[0].n_channels
         means = torch.empty(n_slots, at.rows, n_channels)
-        LIBRARY.call("means", values, at.numbers, n_channels, means, torch.get_num_threads())
+        run("means", values, at, n_channels, means)
         step, *adapter = self.trained()
         s_a, beta, *activations = _native.adapted_steps(means, step, EPS, adapter, SMALLEST_FACTOR)
-        LIBRARY.call(
-            "uniform",
-            *(values, at.numbers, s_a, 1, at.rows, 0.0, self.qmin, self.qmax),
-            *(out, torch.get_num_threads()),
-        )
+        run("uniform", values, at, s_a, 1, at.rows, 0.0, self.qmin, self.qmax, out)
         return (s_a, step, *adapter, beta, means, *activations)
 
     def backward_into(
@@ -112,20 +108,14 @@ class AsqGroup(Group[AsqInput]):
         """Write the gradient to the values; return those to the steps and the adapters."""
         s_a, step, *adapter, beta, means, inner, outputs = kept
         to_steps = torch.empty_like(s_a)
-        LIBRARY.call(
-            "uniform_backward",
-            *(values, at.numbers, upstream, s_a, 1, at.rows, 0.0, self.qmin, self.qmax, 0.0),
-            *(gradient, to_steps, torch.get_num_threads()),
-        )
+        grid = (s_a, 1, at.rows, 0.0, self.qmin, self.qmax, 0.0)
+        run("uniform_backward", values, at, upstream, *grid, gradient, to_steps)
         to_means, to_step, to_adapters = _native.adapted_steps_backward(
             *(to_steps, step, EPS, self.qmax, at.columns, adapter, SMALLEST_FACTOR),
             *(beta, means, inner, outputs),
         )
         # The second gradient that inputs receive: through their channel means.
-        LIBRARY.call(
-            "means_backward",
-            *(gradient, at.numbers, means.shape[-1], to_means, torch.get_num_threads()),
-        )
+        run("means_backward", gradient, at, means.shape[-1], to_means)
         return to_step, *to_adapters
 
     @torch.no_grad()

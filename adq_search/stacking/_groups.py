@@ -36,7 +36,7 @@ from adq_search.quantizers._through import (
     uniform_through,
 )
 from adq_search.quantizers.adq import moved_codebook, snapped
-from adq_search.stacking._native import LIBRARY, Places, copy
+from adq_search.stacking._native import Places, run
 
 Q = TypeVar("Q", bound=Quantizer)
 
@@ -125,7 +125,7 @@ class LsqGroup(Group[LsqWeight | LsqInput]):
     def forward_into(self, out: Tensor, values: Tensor, at: Places) -> tuple[Tensor, ...]:
         """Quantize in C++."""
         place = (*self._strides(), EPS, self.qmin, self.qmax)
-        LIBRARY.call("uniform", values, at.numbers, self.step, *place, out, _threads())
+        run("uniform", values, at, self.step, *place, out)
         return (self.step,)
 
     def backward_into(
@@ -135,10 +135,7 @@ class LsqGroup(Group[LsqWeight | LsqInput]):
         (step,) = kept
         grad_step = torch.empty_like(step)
         place = (*self._strides(), EPS, self.qmin, self.qmax, at.columns)
-        LIBRARY.call(
-            "uniform_backward",
-            *(values, at.numbers, upstream, step, *place, gradient, grad_step, _threads()),
-        )
+        run("uniform_backward", values, at, upstream, step, *place, gradient, grad_step)
         return (grad_step,)
 
     def _strides(self) -> tuple[int, int]:
@@ -171,7 +168,7 @@ class ClippedGroup(Group[ClippedPowerWeight]):
     def forward_into(self, out: Tensor, values: Tensor, at: Places) -> tuple[Tensor, ...]:
         """Quantize in C++."""
         tables = (self.levels, self.n_levels, self.levels.shape[1])
-        LIBRARY.call("clipped", values, at.numbers, self.threshold, EPS, *tables, out, _threads())
+        run("clipped", values, at, self.threshold, EPS, *tables, out)
         return (self.threshold,)
 
     def backward_into(
@@ -181,11 +178,9 @@ class ClippedGroup(Group[ClippedPowerWeight]):
         (threshold,) = kept
         grad_threshold = torch.empty_like(threshold)
         tables = (self.levels, self.n_levels, self.levels.shape[1])
-        LIBRARY.call(
-            "clipped_backward",
-            *(values, at.numbers, upstream, threshold, EPS, *tables),
-            *(self.quantizers[0].gradient_scale, gradient, grad_threshold, _threads()),
-        )
+        scale = self.quantizers[0].gradient_scale
+        place = (*tables, scale, gradient, grad_threshold)
+        run("clipped_backward", values, at, upstream, threshold, EPS, *place)
         return (grad_threshold,)
 
 
@@ -221,7 +216,7 @@ class AdqGroup(Group[AdqWeight]):
         n_slots, room = self.codebook.shape
         sums = self.codebook.new_empty(n_slots, 2, room)
         tables = (self.codebook, self.n_levels, room)
-        LIBRARY.call("codebook", values, at.numbers, *tables, out, sums, _threads())
+        run("codebook", values, at, *tables, out, sums)
         if self.training:
             moved = moved_codebook(self.codebook, sums[:, 0], sums[:, 1], self.momentum[:, None])
             self.codebook.copy_(moved)
@@ -231,7 +226,7 @@ class AdqGroup(Group[AdqWeight]):
         self, gradient: Tensor, values: Tensor, upstream: Tensor, at: Places, *kept: Tensor
     ) -> tuple[Tensor, ...]:
         """Pass the gradient through."""
-        copy(upstream, at, gradient)
+        run("copy", upstream, at, gradient)
         return ()
 
     @torch.no_grad()
@@ -272,8 +267,7 @@ class N2uqGroup(Group[N2uqInput]):
         """Quantize in C++; keeps each value's interval, a byte."""
         trained = self.trained()
         index = torch.empty(len(self.slots), at.rows, at.columns, dtype=torch.uint8)
-        place = (*trained, *self._constants(), out, index, _threads())
-        LIBRARY.call("thresholds", values, at.numbers, *place)
+        run("thresholds", values, at, *trained, *self._constants(), out, index)
         return (index, *trained)
 
     def backward_into(
@@ -282,8 +276,8 @@ class N2uqGroup(Group[N2uqInput]):
         """Write the gradient to the values; return those to start, widths and scales."""
         index, *trained = kept
         found = tuple(torch.zeros_like(parameter) for parameter in trained)
-        place = (*trained, *self._constants(), gradient, *found, _threads())
-        LIBRARY.call("thresholds_backward", values, at.numbers, upstream, index, *place)
+        place = (*trained, *self._constants(), gradient, *found)
+        run("thresholds_backward", values, at, upstream, index, *place)
         return found
 
     def _constants(self) -> tuple[Tensor | float, ...]:
@@ -293,7 +287,3 @@ class N2uqGroup(Group[N2uqInput]):
 
 def _lengths(tables: Sequence[Tensor]) -> Tensor:
     return torch.tensor([len(table) for table in tables])
-
-
-def _threads() -> int:
-    return torch.get_num_threads()

@@ -66,6 +66,6 @@ def _places(
     return Places(rows, columns, torch.tensor(numbers))
 
 
-def copy(values: Tensor, at: Places, out: Tensor) -> None:
-    """Copy the values of some slots."""
-    LIBRARY.call("copy", values, at.numbers, out, torch.get_num_threads())
+def run(name: str, values: Tensor, at: Places, *arguments: Tensor | float) -> None:
+    """Call a function of `slots.cpp` on some slots of a tensor, with torch's number of threads."""
+    LIBRARY.call(name, values, at.numbers, *arguments, torch.get_num_threads())

@@ -29,9 +29,9 @@ from adq_search.stacking._groups import AdqGroup, ClippedGroup, Group, LsqGroup,
 from adq_search.stacking._native import (
     LIBRARY,
     Places,
-    copy,
     places_of_inputs,
     places_of_weights,
+    run,
 )
 
 # torch leaves Function.apply without annotations.
@@ -139,7 +139,7 @@ class _Together(Function):
         out = torch.empty_like(values)
         kept = [group.forward_into(out, values, at) for group, at in ctx.groups]
         if ctx.rest is not None:
-            copy(values, ctx.rest, out)
+            run("copy", values, ctx.rest, out)
         ctx.save_for_backward(values, *(tensor for of_group in kept for tensor in of_group))
         ctx.counts = [len(of_group) for of_group in kept]
         return out
@@ -155,5 +155,5 @@ class _Together(Function):
             own, kept = kept[:n], kept[n:]
             to_trained += group.backward_into(gradient, values, upstream, at, *own)
         if ctx.rest is not None:
-            copy(upstream, ctx.rest, gradient)
+            run("copy", upstream, ctx.rest, gradient)
         return gradient, None, *to_trained
