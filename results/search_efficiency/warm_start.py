@@ -122,6 +122,7 @@ def summary(rows):
 
 
 def main(seeds, policies):
+    made = provenance(seed=0)  # of the tree before files in it change
     torch.set_num_threads(1)
     planned = plan(read_job(ROOT / "search_spaces" / "digits.yaml"))
     teacher = Teacher(make_teacher(planned.task, seed=planned.job.search.seed), planned.task)
@@ -139,14 +140,14 @@ def main(seeds, policies):
                 for row in rows
             )
         print(f"seed {seed} done", flush=True)
-        write_summary()
-    write_summary()
+        write_summary(made)
+    write_summary(made)
 
 
-def write_summary():
+def write_summary(made):
     text = summary(list(csv.DictReader(FILE.open())))
     (HERE / "warm_start.md").write_text(text)
-    (HERE / "warm_start.json").write_text(json.dumps(provenance(seed=0), indent=1) + "\n")
+    (HERE / "warm_start.json").write_text(json.dumps(made, indent=1) + "\n")
     print(text, flush=True)
 
 
