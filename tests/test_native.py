@@ -67,3 +67,26 @@ def test_a_library_is_built_once_and_found_again(library):
 )
 def test_what_is_left_to_tensor_operations(values):
     assert not _native.takes(values)
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [1, 3, 7, 8, 15, 16, 31, 32, 63, 100, 127, 128, 255])
+@pytest.mark.parametrize("spread", ["even", "uneven", "some equal"])
+def test_cuts_below_a_value_are_counted_exactly(n, spread):
+    """Against a comparison with each, at the cuts themselves and one ulp around them."""
+    torch.manual_seed(n)
+    widths = torch.full((n,), 2.0 / n)
+    if spread == "uneven":
+        widths = torch.where(torch.rand(n) < 0.5, 1e-3, 5.0) * (0.5 + torch.rand(n))
+    if spread == "some equal":
+        widths = widths * (torch.rand(n) < 0.5)
+    cuts = widths.cumsum(0) - 0.7
+    up, down = (cuts.nextafter(torch.tensor(v)) for v in (torch.inf, -torch.inf))
+    special = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, torch.nan])
+    values = torch.cat([cuts, up, down, 6 * torch.randn(500), special])
+    one, zero = torch.ones(()), torch.zeros(())
+    out, index = _native.thresholds(values, one, cuts, one, zero)
+    wanted = (values.unsqueeze(1) > cuts).sum(dim=1)
+    assert torch.equal(index.long(), wanted)
+    assert torch.equal(out[:-1], wanted[:-1].float())
+    assert out[-1].isnan()
