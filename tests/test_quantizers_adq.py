@@ -154,3 +154,12 @@ def test_weights_that_are_not_numbers_have_a_place_at_every_width(bits):
     weight[0, 0] = torch.nan
     quantizer(weight)
     assert quantizer.codebook.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_middle_level_stays_zero_and_no_other_does():
+    """A side's level may come to be zero, by rounding to words: it moves on, the middle one not."""
+    quantizer = fitted(gaussian(64), 3, momentum=0.75)
+    quantizer.codebook.copy_(torch.tensor([-3.0, -2.0, 0.0, 0.0, 1.0, 2.0, 3.0]))
+    quantizer.train()(torch.tensor([[-0.5, -0.25]], dtype=torch.float64))
+    wanted = [-3.0, -2.0, 0.25 * -0.375, 0.0, 1.0, 2.0, 3.0]
+    assert quantizer.codebook.tolist() == pytest.approx(wanted)

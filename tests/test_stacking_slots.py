@@ -177,6 +177,18 @@ def test_a_value_that_is_no_number_stays_one_and_spoils_only_its_slot():
     assert bool(gradient[:, others].isfinite().all())
 
 
+def test_a_level_beside_the_middle_that_is_zero_moves_as_alone():
+    weights, quantizers = weights_of(["adq", "adq", "adq"], (4, 3, 3, 3))
+    for quantizer in quantizers:
+        middle = len(quantizer.codebook) // 2
+        quantizer.codebook[middle - 1] = 0.0
+    before = quantizers[0].codebook.clone()
+    assert_together_is_apart(quantizers, stack_weight_quantizers, weights, dim=0)
+    middle = len(before) // 2
+    assert float(quantizers[0].codebook[middle]) == 0.0
+    assert float(quantizers[0].codebook[middle - 1]) < 0.0
+
+
 def test_a_quantizer_of_somebody_else_runs_alone():
     class Mine(WEIGHT_QUANTIZERS["lsq"]):
         def _quantize(self, values):

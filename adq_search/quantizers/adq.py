@@ -94,6 +94,7 @@ class AdqWeight(WeightQuantizer):
         with torch.no_grad():
             quantized, sums, counts = snapped(values.detach(), self.codebook)
             if self.training:
+                sums[self._n_side] = 0
                 moved = moved_codebook(self.codebook, sums, counts, self.momentum)
                 self.codebook.copy_(moved)
         return straight_through(values, quantized)
@@ -141,11 +142,10 @@ def moved_codebook(codebook: Tensor, sums: Tensor, counts: Tensor, momentum: Ten
 
     Args:
         codebook: One or more of them, # shape: (..., levels)
-        sums: By level, the sum of weights less their level, same shape.
+        sums: By level, the sum of weights less their level, same shape; 0 for a level that stays,
+            as the middle one does.
         counts: By level, how many weights there are, same shape.
         momentum: m, for all levels of a codebook.
     """
     means = sums / counts.clamp(min=1)
-    # Zero stays.
-    moved = torch.where(codebook == 0, 0.0, means * (1 - momentum))
-    return codebook + moved.to(codebook.dtype)
+    return codebook + (means * (1 - momentum)).to(codebook.dtype)

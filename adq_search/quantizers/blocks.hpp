@@ -55,11 +55,9 @@ inline void put(T* to, floats values) {
 
 // Halves are added to each other: no addition waits for fifteen others.
 inline float sum_of(floats values) {
-    static_assert(LANES == 16, "the halves below");
-    values += __builtin_shuffle(values, ints{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    values += __builtin_shuffle(values, ints{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    values += __builtin_shuffle(values, ints{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
-    return values[0] + values[1];
+    for (long width = LANES / 2; width > 0; width /= 2)
+        for (long j = 0; j < width; ++j) values[j] += values[j + width];
+    return values[0];
 }
 
 // The step in use: `positive_step` of `_through.py`.

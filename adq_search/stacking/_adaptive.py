@@ -1,4 +1,4 @@
-r"""ASQ for inputs of some slots: steps of each sample, found by adapters as batched products.
+r"""ASQ for inputs of some slots: steps of each sample, found by their adapters.
 
 Notation:
     s_a = s \\beta  step of one sample

@@ -7,8 +7,6 @@ quantizers do.
 Notation:
     K   slots of the tensor
     S   slots of the group
-    N   samples
-    C   channels of one network
 """
 
 from __future__ import annotations
@@ -207,6 +205,7 @@ class AdqGroup(Group[AdqWeight]):
             quantized, sums, counts = snapped(piece.detach(), table[:n])
             found.append(straight_through(piece, quantized))
             if self.training:
+                sums[n // 2] = 0
                 table[:n] = moved_codebook(table[:n], sums, counts, m)
         return found
 
@@ -218,6 +217,7 @@ class AdqGroup(Group[AdqWeight]):
         tables = (self.codebook, self.n_levels, room)
         run("codebook", values, at, *tables, out, sums)
         if self.training:
+            sums[:, 0].scatter_(1, self.n_levels.unsqueeze(1) // 2, 0.0)
             moved = moved_codebook(self.codebook, sums[:, 0], sums[:, 1], self.momentum[:, None])
             self.codebook.copy_(moved)
         return ()

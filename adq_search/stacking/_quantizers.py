@@ -69,9 +69,9 @@ class StackedQuantizers(nn.Module):
                 kinds.setdefault(GROUPS[type(quantizer)], {})[slot] = quantizer
             else:
                 alone[str(slot)] = quantizer
-        self.groups = nn.ModuleList(kind(own) for kind, own in kinds.items())
+        self._groups = [kind(own) for kind, own in kinds.items()]
+        self.groups = nn.ModuleList(self._groups)
         self.alone = nn.ModuleDict(alone)
-        self._groups: list[Group[Any]] = list(self.groups)  # type: ignore[arg-type]
         grouped = {slot for group in self._groups for slot in group.slots}
         #: Slots whose values no group changes.
         self._rest = tuple(slot for slot in range(len(quantizers)) if slot not in grouped)
