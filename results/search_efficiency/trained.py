@@ -18,7 +18,7 @@ measured; `trials_S.csv`, who asked for it; `prepared_S.json`, seeds and seconds
 on, or several times at once: a search seed is one process's for a turn. `--only` names searches to
 advance as the report does ("TPE", "seeds, then TPE", "ours"), and `--rounds` the turns. With
 `--retrain`, the policies on found fronts are trained again with fresh seeds at the end.
-`trained_report.py` makes the tables.
+`trained_report.py` makes the tables. Seconds on the clock mean something where each process has a core of its own.
 """
 
 import argparse
@@ -71,6 +71,18 @@ SEARCHES |= {(name, False): plain for name, (_, plain, _, _) in RIVALS.items()}
 SEARCHES |= {(name, True): seeded for name, (_, _, seeded, _) in RIVALS.items()}
 
 
+class Watch:
+    """Seconds since it was made, on the clock and of this process's threads."""
+
+    def __init__(self):
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def seconds(self, share=1):
+        """Return both, divided among some trainings of one pass."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return {"wall_s": wall / share, "cpu_s": cpu / share}
+
+
 class Bench:
     """One search seed: a prepared session, and a table of what its policies measured.
 
@@ -95,9 +107,9 @@ class Bench:
 
     def _prepare(self, job, folder):
         is_new = not (self.cache / "session.json").exists()
-        start = time.process_time()
+        watch = Watch()
         self.session = prepare(plan(job), self.cache)
-        seconds = time.process_time() - start
+        seconds = watch.seconds()
         self.plan = self.session.plan
         self.space = self.plan.space
         self._index = [{p: i for i, p in enumerate(g.choices)} for g in self.space.groups]
@@ -105,7 +117,7 @@ class Bench:
             write_json(
                 folder / f"prepared_{self.seed}.json",
                 {
-                    "cpu_s": seconds,
+                    **seconds,
                     "full_precision": self.session.full_precision.accuracy,
                     "energy_range_pj": list(self.plan.cost_range("energy_pj")),
                     "n_dimensions": len(self.space.parameters),
@@ -153,7 +165,7 @@ class Bench:
         """Yield what each policy measures after training them as one, as `run_trials` does."""
         task, settings = self.plan.task, self.plan.job.training
         policies = [self.policy(code) for code in codes]
-        start = time.process_time()
+        watch = Watch()
         networks = [self._student(policy, seed) for policy in policies]
         stack = Stack(networks)
         teacher = self.session.teacher
@@ -164,7 +176,7 @@ class Bench:
         stack = Stack(networks)
         reestimate_batch_norm_(stack, training_inputs(task, settings, seed=seed))
         found = self._evaluate(stack.eval())
-        seconds = (time.process_time() - start) / len(codes)
+        seconds = watch.seconds(share=len(codes))
         for k, (code, policy) in enumerate(zip(codes, policies, strict=True)):
             curve = {f"train_loss_{e}": means[k] for e, means in enumerate(losses, start=1)}
             energy = self.plan.totals(policy)["energy_pj"]
@@ -173,7 +185,7 @@ class Bench:
                 "energy_pj": energy,
                 **found[k],
                 **curve,
-                "cpu_s": seconds,
+                **seconds,
                 "stacked": len(codes),
             }
 
@@ -238,15 +250,16 @@ class Arm:
         while (first := self.n_done) < end:
             asked, seconds = [], []
             for _ in range(min(self.batch, end - first)):
-                start = time.process_time()
+                watch = Watch()
                 asked.append(self.study.ask(self.space))
-                seconds.append(time.process_time() - start)
+                seconds.append(watch.seconds())
             codes = [self.bench.code(self.bench.space.policy_of(t.params)) for t in asked]
             found = self.bench.measure(codes)
             for trial, row, spent in zip(asked, found, seconds, strict=True):
                 trial.set_user_attr("kl", float(row["kl"]))
-                start = time.process_time()
+                watch = Watch()
                 self.study.tell(trial, (float(row["accuracy"]), float(row["energy_pj"])))
+                told = watch.seconds()
                 append(
                     self.bench.files["trials"],
                     {
@@ -254,7 +267,7 @@ class Arm:
                         "seeded": int(self.search.is_seeded),
                         "trial": trial.number,
                         "policy": row["policy"],
-                        "suggest_cpu_s": spent + time.process_time() - start,
+                        **{f"suggest_{k}": spent[k] + told[k] for k in spent},
                     },
                 )
         write_atomic(self.file, lambda path: path.write_bytes(pickle.dumps(self.study)))
