@@ -18,7 +18,8 @@ measured; `trials_S.csv`, who asked for it; `prepared_S.json`, seeds and seconds
 on, or several times at once: a search seed is one process's for a turn. `--only` names searches to
 advance as the report does ("TPE", "seeds, then TPE", "ours"), and `--rounds` the turns. With
 `--retrain`, the policies on found fronts are trained again with fresh seeds at the end.
-`trained_report.py` makes the tables. Seconds on the clock mean something where each process has a core of its own.
+Seconds on the clock mean something where each process has a core of its own.
+`trained_report.py` makes the tables.
 """
 
 import argparse
