@@ -342,6 +342,17 @@ def test_few_finished_trials_forecast_nothing():
     assert forecast_end(np.arange(9.0), np.arange(9.0), np.nan) is None
 
 
+def test_losses_that_fall_by_factors_are_forecast_by_their_logarithms():
+    scores = np.geomspace(0.01, 5.0, 20)
+    ends = np.log(0.3 * scores**1.5)  # log KL at the end, as the guide is told it
+    forecast = forecast_end(np.delete(scores, 7), np.delete(ends, 7), scores[7])
+    assert forecast.end == pytest.approx(ends[7], abs=1e-9)
+    assert forecast.error < 1e-6
+    shifted = scores - scores[3]  # no losses: a straight line in what they are
+    forecast = forecast_end(np.delete(shifted, 7), 2.0 * np.delete(shifted, 7), shifted[7])
+    assert forecast.end == pytest.approx(2.0 * shifted[7], abs=1e-9)
+
+
 @pytest.mark.parametrize("has_prior", [True, False], ids=["prior", "no prior"])
 def test_fifty_trials_reach_the_front_of_the_published_problem(has_prior):
     shares = []

@@ -12,7 +12,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from adq_search.errors import StorageError
 from adq_search.hosting import HostOptions
-from adq_search.job import Job, read_job
+from adq_search.job import read_job
 from adq_search.pareto import front_indices
 from adq_search.plan import plan
 from adq_search.plugins._ray_records import RayRecord, hosted_trials, records_of, write_record
@@ -24,7 +24,7 @@ from adq_search.plugins.ray_trainable import param_space, policy_trainable
 from adq_search.progress import NoProgress
 from adq_search.results import write_outcome
 from adq_search.session import prepare
-from tests import clusters
+from tests import clusters, fragile
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
@@ -49,12 +49,7 @@ def session(prepared, tmp_path):
 
 def fragile_session(tmp_path, *, epochs=4, trials=4, **training):
     """Return a session whose trials harm themselves as files in `tmp_path / "harm"` say."""
-    (tmp_path / "harm").mkdir()
-    content = read_job(TINY).to_plain()
-    content["task"] = "tests.clusters:fragile"
-    content["task_options"] = {"harm": str(tmp_path / "harm")}
-    job = Job.model_validate(content).with_search(trials=trials, prior=None)
-    job = job.with_training(epochs=epochs, **training)
+    job = fragile.job(tmp_path, trials=trials, epochs=epochs, **training)
     return prepare(plan(job), tmp_path / "session")
 
 

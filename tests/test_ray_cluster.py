@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from adq_search.hosting import HostOptions
-from adq_search.job import Job, read_job
 from adq_search.pareto import front_indices
 from adq_search.plan import plan
 from adq_search.plugins._ray_records import hosted_trials, records_of
 from adq_search.plugins.ray_host import RayHost
 from adq_search.progress import NoProgress
 from adq_search.session import prepare, reopen
-from tests import clusters
+from tests import clusters, fragile
 
 pytestmark = pytest.mark.slow
 
@@ -29,15 +28,6 @@ ROOT = Path(__file__).parent.parent
 def three():
     with clusters.nodes(3) as cluster:
         yield cluster
-
-
-def slow_job(folder, *, trials):
-    """Return a job whose trials can be made to wait, so that blows hit them in mid-training."""
-    (folder / "harm").mkdir()
-    content = read_job(TINY).to_plain()
-    content["task"] = "tests.clusters:fragile"
-    content["task_options"] = {"harm": str(folder / "harm")}
-    return Job.model_validate(content).with_search(trials=trials, prior=None)
 
 
 def run(session, address):
@@ -57,7 +47,7 @@ def check(session, outcome, n):
 
 
 def test_a_search_uses_every_node_and_loses_none_with_one_of_them(three, tmp_path):
-    session = prepare(plan(slow_job(tmp_path, trials=14)), tmp_path / "session")
+    session = prepare(plan(fragile.job(tmp_path, trials=14)), tmp_path / "session")
     doomed = sorted(three.worker_nodes, key=str)[0]
     for i in range(14):  # long enough for the other nodes' processes to start
         (tmp_path / "harm" / f"wait-2-start{i}").touch()
@@ -67,7 +57,7 @@ def test_a_search_uses_every_node_and_loses_none_with_one_of_them(three, tmp_pat
             (tmp_path / "harm" / f"wait-2-{i}").touch()
         three.remove_node(doomed, allow_graceful=False)
 
-    with clusters.later(lambda: len(clusters.measured_in(session.folder)) >= 4, blow):
+    with fragile.later(lambda: len(clusters.measured_in(session.folder)) >= 4, blow):
         outcome = run(session, three.address)
     check(session, outcome, 14)
     assert len({t.worker for t in outcome.trials}) >= 2
@@ -88,11 +78,11 @@ def start(folder, address, *more):
     ("blow", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)], ids=["kill", "ctrl-c"]
 )
 def test_an_interrupted_driver_is_started_again_and_nothing_is_lost(three, tmp_path, blow, code):
-    job = slow_job(tmp_path, trials=12)
+    job = fragile.job(tmp_path, trials=12)
     (tmp_path / "job.yaml").write_text(json.dumps(job.to_plain()))
     with (
         start(tmp_path, three.address) as driver,
-        clusters.later(
+        fragile.later(
             lambda: len(clusters.measured_in(tmp_path / "session")) >= 4,
             lambda: os.kill(driver.pid, blow),
         ),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import optuna
@@ -28,6 +29,7 @@ from adq_search.plugins.optuna_worker import FINISHED, Worker
 from adq_search.progress import NoProgress
 from adq_search.results import write_outcome
 from adq_search.session import prepare
+from tests import fragile
 from tests.servers import Database, grpc_proxy, object_server
 
 ROOT = Path(__file__).parent.parent
@@ -90,26 +92,32 @@ def test_a_worker_elsewhere_needs_nothing_but_the_url(session, began, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgresql", "grpc"])
-def test_a_run_and_a_worker_share_a_database(kind, session, database, tmp_path):
+def test_a_run_and_a_worker_share_a_database(kind, database, tmp_path):
+    session = prepare(plan(fragile.job(tmp_path, trials=6)), tmp_path / "run")
     url = database.fresh_url()
-    if kind == "grpc":
-        with grpc_proxy(url) as proxy:
-            share(session, proxy, tmp_path)
-    else:
-        share(session, url, tmp_path)
+    with grpc_proxy(url) if kind == "grpc" else nullcontext(url) as address:
+        share(session, address, tmp_path)
 
 
 def share(session, url, tmp_path):
+    """The worker's first trial is held until this process has one of the six."""
+    harm = tmp_path / "harm"
+    (harm / "hold").touch()
     opened = begin(session, url)
     assert opened.has_heartbeats == url.startswith("postgresql")
     command = [sys.executable, "-m", "adq_search.cli", "worker", "--storage", url]
     command += ["--study", "tiny", "--folder", str(tmp_path / "w")]
+
+    def is_one_measured():
+        return bool(measuring(opened.study.get_trials(states=FINISHED)))
+
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
-        while not opened.study.get_trials(deepcopy=False):
+        while (harm / "hold").exists():
             assert worker.poll() is None
             time.sleep(0.05)
-        options = HostOptions("tiny", url, resume=True)
-        outcome = OptunaHost().run(session, options, NoProgress())
+        with fragile.later(is_one_measured, fragile.released(harm).touch):
+            options = HostOptions("tiny", url, resume=True)
+            outcome = OptunaHost().run(session, options, NoProgress())
         said, _ = worker.communicate(timeout=120)
     assert worker.returncode == 0, said
     assert "has its 6 trials" in said

@@ -6,11 +6,13 @@ Notation:
 
 Among the finished trials that stood nearest to s, f is a straight line in s, and what it leaves
 over is noise. The optimistic end is the line at s, less a quantile of the noise. Scores need not
-be in the unit of the value.
+be in the unit of the value. Positive ones, as losses are, enter by their logarithm: they fall by
+factors.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +58,8 @@ def forecast_end(scores: Floats, ends: Floats, score: float) -> Forecast | None:
     n = len(scores)
     if n < MIN_FINISHED or not np.isfinite(score):
         return None
+    if min(score, scores.min()) > 0.0:
+        scores, score = np.log(scores), math.log(score)
     n_near = max(MIN_FINISHED, round(_NEAREST * n))
     near = np.argsort(np.abs(scores - score), kind="stable")[:n_near]
     x, y = scores[near], ends[near]

@@ -16,6 +16,7 @@ Writes pruned.csv, pruned.md and pruned.json; with --only, the rows of that prob
 import argparse
 import csv
 import json
+import math
 import statistics
 import warnings
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from oracles import Oracle, hindsight_volume
 from samplers import FEW
 
 from adq_search.distill import Teacher
-from adq_search.guide import additive_costs
+from adq_search.guide import additive_costs, decisions_of
 from adq_search.hardware import cost_table
 from adq_search.job import read_job
 from adq_search.pareto import hypervolume
@@ -143,8 +144,14 @@ class Simulator:
         self.space, self.epochs = self._problem.space, self._problem.epochs
         self.reference = self._problem.reference
 
+        self.decisions = decisions_of(self.space, self._problem.prior, [self._problem.cost_rows])
+
     def sampler(self, name, seed):
         return FEW[name](self._problem, seed)
+
+    def believed(self, kl, cost):
+        """Return the objectives of a KL and a cost."""
+        return math.exp(-kl), cost
 
     def trained(self, policy, seed):
         found = self._problem.measure(policy, seed=seed)
@@ -174,6 +181,7 @@ class Forest:
         self.epochs = planned.job.training.epochs
         self.seeds = (*planned.space.uniform_policies().values(), *(s.policy for s in found))
         self._known = {"space": planned.space, "prior": prior, "costs": costs}
+        self.decisions = decisions_of(planned.space, prior, [costs["energy_pj"]])
         kls = [table.measure(p).kl for p in table.policies]
         self.reference = (np.log(max(kls)), planned.cost_range("energy_pj")[1])
 
@@ -181,6 +189,10 @@ class Forest:
         if name == "guide":
             return PolicySampler(objectives=("kl", "energy_pj"), seed=seed, **self._known)
         return FEW[name](None, seed)
+
+    def believed(self, kl, cost):
+        """Return the objectives of a KL and an energy, as points have them."""
+        return math.log(kl), cost
 
     def trained(self, policy, seed):
         found = self._table.measure(policy)

@@ -11,7 +11,7 @@ from adq_search.pareto import front_indices
 from adq_search.session import reopen
 from adq_search.store import load_quantized
 from adq_search.trial import fingerprint_of, weights_of
-from tests import clusters
+from tests import fragile
 
 _PAUSE_S = 0.05
 
@@ -42,8 +42,8 @@ def trainings(log):
 
 
 def noted_task(harm, log):
-    """Return `clusters.fragile`, slowed; processes that it is sent to note their trainings."""
-    task = clusters.fragile(harm, epochs=4)
+    """Return `fragile.make`, slowed; processes that it is sent to note their trainings."""
+    task = fragile.make(harm, epochs=4)
     return replace(task, augment=_Noted(task.augment, log))
 
 
