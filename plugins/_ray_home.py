@@ -1,13 +1,15 @@
 """The folder of a search as its trials see it, on whatever node they run.
 
-An actor on the driver's machine reads the folder for them: whether a policy is measured already,
-and the files of the donor that a warm trial begins from. It needs no processor of its own, and ends
-with the driver.
+An actor on the driver's machine answers for it: whether a policy is measured already, or another
+trial's to measure now, and the files of the donor that a warm trial begins from. It needs no
+processor of its own, and ends with the driver.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from adq_search.plugins._ray_records import record_of
 from adq_search.policy import Policy
 from adq_search.trial import TrialResult
 
+#: How often a trial asks for a policy that another one measures.
+_POLL_S = 0.2
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -39,6 +44,13 @@ class Measured:
     train_losses: tuple[float, ...]
 
 
+class Turn(enum.Enum):
+    """Whose turn it is to measure a policy that has no result."""
+
+    OURS = enum.auto()
+    OTHERS = enum.auto()
+
+
 class Home:
     """Answers for a session's folder.
 
@@ -48,12 +60,27 @@ class Home:
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
+        self._measured_by: dict[str, str] = {}
 
-    def measured(self, policy_hash: str) -> Measured | None:
-        """Return what was measured of a policy with the job's seed, None if nothing was."""
+    def give(self, policy_hash: str, trial_id: str) -> None:
+        """Leave a policy to one trial; others that draw it wait for its result."""
+        self._measured_by[policy_hash] = trial_id
+
+    def give_back(self) -> None:
+        """Forget who measures what: no trial runs."""
+        self._measured_by.clear()
+
+    def measured(self, policy_hash: str, trial_id: str) -> Measured | Turn:
+        """Return what was measured of a policy with the job's seed; if nothing was, whose turn.
+
+        Args:
+            policy_hash: Of the policy.
+            trial_id: Of the trial that asks.
+        """
         file = self._folder / "trials" / f"{policy_hash}.json"
         if not file.exists():
-            return None
+            is_ours = self._measured_by.get(policy_hash, trial_id) == trial_id
+            return Turn.OURS if is_ours else Turn.OTHERS
         result = TrialResult.from_json(read_json(file, StorageError, what="trial"))
         record = record_of(self._folder, policy_hash)
         return Measured(result, () if record is None else record.train_losses)
@@ -67,24 +94,32 @@ class Home:
         return donor_files(self._folder, policy)
 
 
-def serve(folder: Path) -> None:
-    """Let the trials of this driver ask about a folder, until Ray is shut down."""
+def serve(folder: Path) -> Any:
+    """Let the trials of this driver ask about a folder, until Ray is shut down.
+
+    Returns:
+        The actor that answers.
+    """
     context = ray.get_runtime_context()
-    _served(_name_of(str(folder.resolve())), str(folder.resolve()), context.get_node_id())
+    return _served(_name_of(str(folder.resolve())), str(folder.resolve()), context.get_node_id())
 
 
-def measured_at_home(home: str, policy_hash: str) -> Measured | None:
-    """Return what was measured of a policy; None also where nobody answers for the folder.
+def measured_at_home(home: str, policy_hash: str, trial_id: str) -> Measured | None:
+    """Return what was measured of a policy, once no other trial is at it.
+
+    None where it is this trial's to measure, as where nobody answers for the folder.
 
     Args:
         home: The folder, as the driver sees it; absolute.
         policy_hash: Of the policy.
+        trial_id: Of the trial that asks.
     """
     try:
-        answer: Measured | None = _ask(home, "measured", policy_hash)
+        while (answer := _ask(home, "measured", policy_hash, trial_id)) is Turn.OTHERS:
+            time.sleep(_POLL_S)
     except _UnansweredError:
         return None
-    return answer
+    return answer if isinstance(answer, Measured) else None
 
 
 def donor_at_home(home: str, policy: Policy) -> DonorFiles | None:
@@ -118,11 +153,11 @@ def _served(name: str, folder: str, node: str) -> Any:
     return actor.remote(folder)
 
 
-def _ask(home: str, question: str, about: str | Policy) -> Any:
+def _ask(home: str, question: str, *about: str | Policy) -> Any:
     """Put a question to the actor of a folder; what it raises there is raised here."""
     try:
         actor = ray.get_actor(_name_of(home))
-        return ray.get(getattr(actor, question).remote(about))
+        return ray.get(getattr(actor, question).remote(*about))
     except RayTaskError as error:
         raise error.cause from error
     except (ValueError, RayActorError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from adq_search.errors import AdqSearchWarning
 from adq_search.plugins._ray_home import serve
-from adq_search.plugins._ray_installed import Trial, tune
+from adq_search.plugins._ray_installed import Trial, ray, tune
 from adq_search.plugins._ray_records import (
     RayRecord,
     adopt,
@@ -35,7 +35,8 @@ class SessionRecorder(tune.Callback):
     is recorded as stopped, without accuracy: it is on no front.
 
     While the experiment runs, its trials may ask about the folder: a policy that has ended already
-    is not trained again, whoever proposes it, and a warm trial gets its donor's weights.
+    is not trained again, whoever proposes it, one that another trial is measuring is waited for,
+    and a warm trial gets its donor's weights.
 
     Args:
         session: The prepared job, the one that `policy_trainable` was made of.
@@ -61,6 +62,8 @@ class SessionRecorder(tune.Callback):
         self._progress = progress or NoProgress()
         self._scheduler = scheduler
         self._serves = serves
+        self._home: Any = None
+        self._turns = _Turns()
         self.n_repeated = 0
         self.end: SearchEnd | None = None
         self._records = {record.policy_hash: record for record in records_of(session.folder)}
@@ -79,16 +82,34 @@ class SessionRecorder(tune.Callback):
     ) -> None:
         """Let the trials ask about the folder."""
         if self._serves:
-            serve(self._session.folder)
+            self._home = serve(self._session.folder)
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Leave no policy to a trial that is over."""
+        if self._home is not None:
+            ray.get(self._home.give_back.remote())
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Have a waiting trial measure the policy of one that runs no longer and has no result."""
+        for policy_hash, trial in self._turns.passed_on():
+            if policy_hash not in self._results:
+                self._begin(trial)
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Record a trial, or another attempt of one, unless its policy has a result."""
+        """Record a trial, or another attempt of one, unless its policy has a result.
+
+        A trial whose policy another one is measuring waits, and has no record.
+        """
         session = self._session
         policy = session.plan.space.policy_of(trial.config)
-        if session.result_of(policy) is not None:
-            return
+        if session.result_of(policy) is None and self._turns.is_next(policy.hash, trial):
+            self._begin(trial)
+
+    def _begin(self, trial: Trial) -> None:
+        session = self._session
+        policy = session.plan.space.policy_of(trial.config)
         assert trial.storage is not None
         place = f"{trial.storage.experiment_dir_name}/{trial.storage.trial_dir_name}"
         known = self._records.get(policy.hash)
@@ -106,6 +127,8 @@ class SessionRecorder(tune.Callback):
                 started_at=now(),
             )
         )
+        if self._home is not None:
+            ray.get(self._home.give.remote(policy.hash, trial.trial_id))
 
     def on_trial_result(
         self,
@@ -189,6 +212,32 @@ class SessionRecorder(tune.Callback):
     def _tell(self) -> None:
         n_trials = self._session.plan.job.search.trials
         self._progress.update("trials", min(len(self._results), n_trials), n_trials)
+
+
+class _Turns:
+    """Which trial measures a policy, and which ones wait for it."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, list[Trial]] = {}
+
+    def is_next(self, policy_hash: str, trial: Trial) -> bool:
+        """Return whether a trial that starts may measure its policy; else it waits."""
+        queue = self._queues.setdefault(policy_hash, [])
+        queue[:] = [t for t in queue if t.status == Trial.RUNNING and t is not trial]
+        queue.append(trial)
+        return len(queue) == 1
+
+    def passed_on(self) -> list[tuple[str, Trial]]:
+        """Return those whose turn has come, as the one before them runs no longer."""
+        out = []
+        for policy_hash, queue in list(self._queues.items()):
+            first = queue[0]
+            queue[:] = [t for t in queue if t.status == Trial.RUNNING]
+            if not queue:
+                del self._queues[policy_hash]
+            elif queue[0] is not first:
+                out.append((policy_hash, queue[0]))
+        return out
 
 
 def _worker_of(report: dict[str, Any]) -> str:

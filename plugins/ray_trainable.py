@@ -71,10 +71,11 @@ def policy_trainable(
     weights. A trial that is restored goes on from there, bit for bit.
 
     A policy that has ended already in the session's folder is not trained again: its trial reports
-    what is recorded, with `repeated` set, and no checkpoint. Of two that run at once, both are
-    trained. Warm trials (`training.warm_start`) begin from the donor that the folder names, and
-    from the teacher, with a `warning`, where its weights cannot be had. Both need a
-    `SessionRecorder` among the callbacks, which answers for the folder.
+    what is recorded, with `repeated` set, and no checkpoint. Of two that draw a policy at once, the
+    second waits for the first, and takes its place should that fail. Warm trials
+    (`training.warm_start`) begin from the donor that the folder names, and from the teacher, with a
+    `warning`, where its weights cannot be had. All this needs a `SessionRecorder` among the
+    callbacks, which answers for the folder.
 
     A configuration with a `replicate_seed` measures its policy with that seed, as a replicate.
 
@@ -124,7 +125,8 @@ def adq_policy(
     if any(amount > 0.0 for amount in excess.values()):
         tune.report({**_UNMEASURED, **known, "state": OVER_BUDGET, "training_iteration": 0})
         return
-    earlier = measured_at_home(parcel.home, policy.hash) if seed is None else None
+    trial_id = tune.get_context().get_trial_id()
+    earlier = measured_at_home(parcel.home, policy.hash, trial_id) if seed is None else None
     if earlier is not None:
         tune.report({**known, **_report_of(earlier.result, earlier.train_losses), "repeated": True})
         return

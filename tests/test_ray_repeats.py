@@ -40,15 +40,15 @@ def noted_session(folder, *, trials=4, space=None, **training):
     return prepare(plan(job.with_training(**training)), folder / "session")
 
 
-def fit(session, recorder, *, n, params=None):
-    """Let Tune's own random search propose to one trial after another."""
+def fit(session, recorder, *, n, params=None, at_once=1):
+    """Let Tune's own random search propose to one trial after another, or some at once."""
     return tune.Tuner(
         policy_trainable(session),
         param_space=params or param_space(session.plan),
         tune_config=tune.TuneConfig(
             num_samples=n,
             reuse_actors=True,
-            search_alg=BasicVariantGenerator(max_concurrent=1, random_state=0),
+            search_alg=BasicVariantGenerator(max_concurrent=at_once, random_state=0),
         ),
         run_config=tune.RunConfig(
             storage_path=str(session.folder.parent / "storage"),
@@ -81,6 +81,36 @@ def test_a_policy_that_tunes_own_searcher_draws_again_is_not_trained_again(tmp_p
         r["trial_id"] for r in first.values()
     }
     assert len(hosted_trials(session)) == len(drawn)
+
+
+def test_of_two_trials_that_draw_a_policy_at_once_one_trains(tmp_path):
+    session = noted_session(tmp_path)
+    params = session.plan.space.params_of(session.seeds[0].policy)
+    recorder = SessionRecorder(session)
+    grid = fit(session, recorder, n=2, params=params, at_once=2)
+    assert not grid.errors
+    assert len(trainings(tmp_path / "log")) == recorder.n_repeated == 1
+    one, other = sorted((result.metrics for result in grid), key=lambda m: m["repeated"])
+    assert other["repeated"] > one["repeated"]
+    assert [one[name] for name in FIGURES] == [other[name] for name in FIGURES]
+    (record,) = records_of(session.folder)
+    assert record.trial_id == one["trial_id"]
+
+
+def test_a_trial_that_waits_for_one_that_dies_measures_the_policy_itself(tmp_path):
+    session = noted_session(tmp_path)
+    policy = session.seeds[0].policy
+    (tmp_path / "harm" / "kill").touch()
+    recorder = SessionRecorder(session)
+    grid = fit(session, recorder, n=2, params=session.plan.space.params_of(policy), at_once=2)
+    assert len(grid.errors) == 1
+    (found,) = (result.metrics for result in grid if result.error is None)
+    assert found["state"] == "complete"
+    assert not found["repeated"]
+    assert len(trainings(tmp_path / "log")) == 2
+    (record,) = records_of(session.folder)
+    assert record.trial_id == found["trial_id"]
+    assert session.result_of(policy).kl == found["kl"]
 
 
 def test_a_second_experiment_knows_what_the_first_one_and_other_hosts_measured(tmp_path):

@@ -13,7 +13,7 @@ from adq_search.errors import AdqSearchError, StorageError
 from adq_search.hosting import HostOptions
 from adq_search.job import read_job
 from adq_search.plan import plan
-from adq_search.plugins._ray_home import Home, Measured
+from adq_search.plugins._ray_home import Home, Measured, Turn
 from adq_search.plugins._ray_records import (
     RayRecord,
     TrialStore,
@@ -255,12 +255,28 @@ def test_trials_are_told_what_is_measured_with_its_curve(session):
     first, second = (seed.policy for seed in session.seeds[:2])
     home = Home(str(session.folder))
     record_for(session, first, train_losses=(0.9, 0.8))
-    assert home.measured(first.hash) is None  # it has begun
+    assert home.measured(first.hash, "a") is Turn.OURS  # it has begun
     result = session.measure(first)
-    assert home.measured(first.hash) == Measured(result, (0.9, 0.8))
-    assert home.measured(second.hash) is None
+    assert home.measured(first.hash, "a") == Measured(result, (0.9, 0.8))
+    assert home.measured(second.hash, "a") is Turn.OURS
     session.measure(second)  # by another host: without a record
-    assert home.measured(second.hash).train_losses == ()
+    assert home.measured(second.hash, "a").train_losses == ()
+
+
+def test_a_policy_is_one_trials_turn_until_that_is_over(session):
+    policy = session.seeds[0].policy
+    home = Home(str(session.folder))
+    home.give(policy.hash, "a")
+    assert home.measured(policy.hash, "a") is Turn.OURS
+    assert home.measured(policy.hash, "b") is Turn.OTHERS
+    home.give(policy.hash, "b")
+    assert home.measured(policy.hash, "a") is Turn.OTHERS
+    result = session.measure(policy)
+    assert home.measured(policy.hash, "a") == home.measured(policy.hash, "b")
+    assert home.measured(policy.hash, "b").result == result
+    home.give("another", "b")
+    home.give_back()
+    assert home.measured("another", "a") is Turn.OURS
 
 
 def test_trials_are_told_one_donor_whatever_finishes_meanwhile(session):
