@@ -33,7 +33,7 @@ class Found:
         policies: Codes of the policies.
         points: Accuracy and energy in picojoules, as measured in the search.
         kls: KL to the teacher, nats.
-        suggest_s: Processor seconds of each proposal.
+        suggest_s: Seconds of each proposal, of the clock that `clock_of` names.
     """
 
     search: Search
@@ -69,8 +69,18 @@ def read_searches(folder):
             found.policies.append(row["policy"])
             found.points.append((float(training["accuracy"]), float(training["energy_pj"])))
             found.kls.append(float(training["kl"]))
-            found.suggest_s.append(float(row["suggest_cpu_s"]))
+            found.suggest_s.append(seconds_of(row, "suggest_"))
     return list(out.values())
+
+
+def clock_of(row):
+    """Return what a row's seconds are of: the wall's clock, where it was looked at."""
+    return "wall" if any(name.endswith("wall_s") for name in row) else "processor"
+
+
+def seconds_of(row, prefix=""):
+    """Return the seconds that something took, by the clock of `clock_of`."""
+    return float(row[prefix + {"wall": "wall_s", "processor": "cpu_s"}[clock_of(row)]])
 
 
 def read_retrained(folder, seed):

@@ -14,8 +14,10 @@ trained_mnist5k.
 """
 
 import argparse
+import itertools
 import json
 import statistics
+from bisect import bisect_right
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,12 +27,14 @@ from fronts import (
     HERE,
     JOBS,
     MARKS,
+    clock_of,
     folder_of,
     front_of,
     label,
     read_retrained,
     read_searches,
     rows_of,
+    seconds_of,
 )
 
 from adq_search.pareto import hypervolume
@@ -40,6 +44,8 @@ CHANCE = 0.1
 #: What each target compares: ours at a number of trials with rivals at another.
 TARGETS = ((40, False, 400), (60, True, 240))
 OURS = ("guide", True)
+#: Seconds at which found fronts are compared.
+MARKS_S = (20, 40, 80, 160)
 
 
 class Volumes:
@@ -56,11 +62,12 @@ class Volumes:
         prepared = json.loads((folder / f"prepared_{seed}.json").read_text())
         self.n_seeds = len(prepared["seeds"])
         self.n_dimensions = prepared["n_dimensions"]
-        self.prepare_s = prepared["cpu_s"]
+        self.prepare_s = seconds_of(prepared)
         dearest = prepared["energy_range_pj"][1]
         self._corner = (CHANCE, dearest)
         trainings = rows_of(folder / f"trainings_{seed}.csv")
-        self.train_s = statistics.fmean(float(r["cpu_s"]) for r in trainings)
+        self.clock = clock_of(trainings[0])
+        self.train_s = statistics.fmean(map(seconds_of, trainings))
         self.test = {r["policy"]: float(r["test_accuracy"]) for r in trainings}
         self.again = read_retrained(folder, seed)
         self._all = self._volume([p for f in searches for p in f.points])
@@ -86,6 +93,12 @@ class Volumes:
             front = [front[i] for i in front_of(front)]
             shares.append(self._volume(front) / self._all)
         return shares
+
+    def ends(self, key):
+        """Return the seconds that a search has taken after each trial, preparation included."""
+        suggest_s = self.searches[key].suggest_s
+        spent = itertools.accumulate(s + self.train_s for s in suggest_s)
+        return [s + (self.prepare_s if key[1] else 0.0) for s in spent]
 
     def trained_again(self, key, n):
         """Return the share of a found front by fresh trainings; None where some are missing."""
@@ -185,11 +198,12 @@ def targets(volumes, keys, what):
 
 
 def seconds(volumes, keys):
-    """Return a table of the processor seconds of a trial."""
+    """Return a table of the seconds of a trial."""
     train = statistics.fmean(v.train_s for v in volumes)
+    prepare = statistics.fmean(v.prepare_s for v in volumes)
     lines = [
-        f"A training takes {train:.2f} s of processor (mean), the teacher, the prior and the seeds "
-        f"{statistics.fmean(v.prepare_s for v in volumes):.0f} s a search. A proposal takes:",
+        f"In {volumes[0].clock} seconds: a training takes {train:.2f} (mean), the teacher, the prior "
+        f"and the seeds {prepare:.0f} a search. A proposal takes:",
         "",
         "| sampler | trials | first half, ms | second half, ms |",
         "| --- | ---: | ---: | ---: |",
@@ -218,23 +232,33 @@ def curves(volumes, keys, file, *, by_seconds):
     for key in keys:
         columns = list(zip(*(v.curve(key) for v in volumes), strict=False))
         n = len(columns)
-        places = seconds_of(volumes, key, n) if by_seconds else range(1, n + 1)
+        places = range(1, n + 1)
+        if by_seconds:
+            ends = zip(*(v.ends(key) for v in volumes), strict=False)
+            places = [statistics.fmean(column) for column in ends]
         lines.append((label(key), colour_of(key[0]), "-" if key[1] else ":", places, columns))
-    x = "processor seconds, preparation included" if by_seconds else "trials"
+    x = f"{volumes[0].clock} seconds, preparation included" if by_seconds else "trials"
     draw(file, lines, x=x, y="hypervolume, share of all measured")
 
 
-def seconds_of(volumes, key, n):
-    """Return the mean seconds that a search has taken after each trial, preparation included."""
-    out = []
-    for v in volumes:
-        total = v.prepare_s if key[1] else 0.0
-        line = []
-        for spent in v.searches[key].suggest_s[:n]:
-            total += spent + v.train_s
-            line.append(total)
-        out.append(line)
-    return [statistics.fmean(column) for column in zip(*out, strict=True)]
+def table_by_seconds(volumes, keys):
+    """Return a table of found shares by seconds, preparation included."""
+    lines = [
+        f"| sampler | {' | '.join(f'{mark} s' for mark in MARKS_S)} |",
+        f"| --- | {' | '.join('---:' for _ in MARKS_S)} |",
+    ]
+    for key in keys:
+        searches = [(v.ends(key), v.curve(key)) for v in volumes]
+        cells = []
+        for mark in MARKS_S:
+            n_done = [bisect_right(ends, mark) for ends, _ in searches]
+            is_on = all(ends[-1] >= mark for ends, _ in searches)
+            shares = [
+                curve[n - 1] if n else 0.0 for n, (_, curve) in zip(n_done, searches, strict=True)
+            ]
+            cells.append(cell(shares if is_on else []))
+        lines.append(f"| {label(key)} | {' | '.join(cells)} |")
+    return lines
 
 
 def main(job, folder):
@@ -259,6 +283,10 @@ def main(job, folder):
         *table(volumes, keys, "found"),
         "",
         f"Seeds only ({n_seeds} trials): {cell([v.found(OURS, n_seeds) for v in volumes])}.",
+        "",
+        f"Found, by {volumes[0].clock} seconds; a dash where a search ended before:",
+        "",
+        *table_by_seconds(volumes, keys),
         "",
         "The found fronts, trained again:",
         "",
