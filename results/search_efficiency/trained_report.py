@@ -202,8 +202,8 @@ def seconds(volumes, keys):
     train = statistics.fmean(v.train_s for v in volumes)
     prepare = statistics.fmean(v.prepare_s for v in volumes)
     lines = [
-        f"In {volumes[0].clock} seconds: a training takes {train:.2f} (mean), the teacher, the prior "
-        f"and the seeds {prepare:.0f} a search. A proposal takes:",
+        f"In {volumes[0].clock} seconds: a training takes {train:.2f} (mean), teacher, prior and "
+        f"seeds {prepare:.0f} a search. A proposal takes:",
         "",
         "| sampler | trials | first half, ms | second half, ms |",
         "| --- | ---: | ---: | ---: |",
