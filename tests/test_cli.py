@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one sentence for each mistake, main flows."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -54,6 +55,27 @@ def finished(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_trial(cli, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "report.html"))
+
+    with monkeypatch.context() as full:
+        full.setattr("adq_search.results.write_results", refuse)
+        code, _, err = cli("run", TINY, "--trials", 2, "--out", folder)
+    assert code == 2
+    assert "No space left on device" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    measured = {f.name: f.read_text() for f in (folder / "trials").glob("*.json")}
+    assert len(measured) == 2
+    code, said, err = cli("run", TINY, "--trials", 2, "--out", folder, "--resume")
+    assert code == 0, err
+    assert {f.name: f.read_text() for f in (folder / "trials").glob("*.json")} == measured
+    assert (folder / "report.html").exists()
 
 
 def test_a_run_leaves_everything_behind(finished):

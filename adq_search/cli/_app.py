@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from typing import TextIO
@@ -14,6 +15,8 @@ from adq_search.errors import AdqSearchError, AdqSearchWarning
 
 #: Exit code that Typer gives to Ctrl-C, as shells do.
 _INTERRUPTED = 130
+#: What a disk says that takes no more, and a folder that is not ours to write.
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 app = typer.Typer(
     name="adq-search",
@@ -57,6 +60,16 @@ def main() -> None:
         app()
     except AdqSearchError as error:
         console.print(f"[bold red]error:[/] {_escaped(str(error))}")
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        told = (
+            f"Results must be written, but the system refuses: {error}. Make room, or choose "
+            "another folder, then start again. A search goes on with --resume; nothing finished is "
+            "lost."
+        )
+        console.print(f"[bold red]error:[/] {_escaped(told)}")
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
