@@ -17,7 +17,8 @@ k of them the stopped one that is believed to add most hypervolume goes on to it
 costs no epoch twice, and whether to finish is decided with all that was learned since: asynchronous
 successive halving [Li2020]_, with the guide for a judge.
 
-Writes foresight.csv, foresight.md and foresight.json.
+Writes foresight.csv (epochs: seen by a forecast, or spent by a search; n: forecasts, or trials that
+finished), foresight.md and foresight.json.
 
 .. [Li2020] Li et al. A System for Massively Parallel Hyperparameter Tuning. MLSys 2020.
 """
@@ -198,7 +199,7 @@ def rows_of_errors(name, searches):
         for source, epoch, error in errors(*arguments):
             found.setdefault((source, epoch), []).append(error)
     return [
-        {"table": "errors", "problem": name, "way": source, "epoch": epoch, "n": len(e)}
+        {"table": "errors", "problem": name, "way": source, "epochs": epoch, "n": len(e)}
         | {"figure": float(np.sqrt(np.mean(np.square(e))))}
         for (source, epoch), e in found.items()
     ]
@@ -231,7 +232,7 @@ def rows_of_returns(name, problem, seed, trials):
         way = f"stopped after {epoch}, 1 in {stops} returns"
         ways[way] = returning(problem, seed, budget // 2, epoch, stops)
     for way, search in ways.items():
-        yield {"table": "returns", "problem": name, "way": way, "epoch": search.spent} | {
+        yield {"table": "returns", "problem": name, "way": way, "epochs": search.spent} | {
             "n": len(search.finished),
             "figure": search.share,
         }
@@ -246,7 +247,7 @@ def scale(rows, name):
 
 
 def table_of_errors(rows):
-    epochs = sorted({r["epoch"] for r in rows} - {0})
+    epochs = sorted({r["epochs"] for r in rows} - {0})
     lines = [
         "Root mean square of what forecasts of log KL at the end are off by; n: forecasts.",
         "",
@@ -254,7 +255,7 @@ def table_of_errors(rows):
         f"| --- | ---: | --- | ---: | {' | '.join('---:' for _ in epochs)} |",
     ]
     for name, way in dict.fromkeys((r["problem"], r["way"]) for r in rows):
-        here = {r["epoch"]: r for r in rows if (r["problem"], r["way"]) == (name, way)}
+        here = {r["epochs"]: r for r in rows if (r["problem"], r["way"]) == (name, way)}
         cells = [f"{here[e]['figure']:.3f}" if e in here else "" for e in (0, *epochs)]
         n = next(iter(here.values()))["n"]
         lines.append(f"| {name} | {n} | {way} | {' | '.join(cells)} |")
@@ -272,7 +273,7 @@ def table_of_returns(rows):
     for name, way in dict.fromkeys((r["problem"], r["way"]) for r in rows):
         here = [r for r in rows if (r["problem"], r["way"]) == (name, way)]
         shares = [r["figure"] for r in here]
-        spent, n = (f"{median(r[k] for r in here):.0f}" for k in ("epoch", "n"))
+        spent, n = (f"{median(r[k] for r in here):.0f}" for k in ("epochs", "n"))
         lines.append(
             f"| {name} | {way} | {spent} | {n} | "
             f"{median(shares):.4f} ({min(shares):.4f} to {max(shares):.4f}) |"
