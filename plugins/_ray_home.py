@@ -27,7 +27,7 @@ from adq_search.plugins._ray_records import record_of
 from adq_search.policy import Policy
 from adq_search.trial import TrialResult
 
-#: How often a trial asks for a policy that another one measures.
+#: Seconds after which a trial asks again for a policy that another one measures.
 _POLL_S = 0.2
 
 

@@ -27,24 +27,16 @@ import argparse
 import csv
 import json
 import math
-import warnings
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import optuna
-import torch
-from pruned import Forest, Simulator
+from pruned import Forest, Simulator, set_up
 
 from adq_search.guide import Guide, LossModel, forecast_end
-from adq_search.job import read_job
 from adq_search.pareto import hypervolume
-from adq_search.plan import plan
-from adq_search.provenance import provenance
-from adq_search.simulator import read_table
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 #: Trials that finish before any is stopped, as the job's seeds would.
 N_FIRST = 12
 #: Trials before the first one whose end is forecast.
@@ -282,12 +274,7 @@ def table_of_returns(rows):
 
 
 def main(seeds, trials):
-    warnings.simplefilter("ignore")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    torch.set_num_threads(1)
-    made = provenance(seed=0)  # before files change
-    planned = plan(read_job(ROOT / "search_spaces" / "digits.yaml"))
-    table = read_table(HERE / "measured_digits.csv", planned.space)
+    made, planned, table = set_up()
     forest = Forest(planned, table)
     rows = []
     for name, problem_of in (("simulator", Simulator), ("forest", lambda _: forest)):

@@ -143,7 +143,6 @@ class Simulator:
         self._problem = published_problem(seed=seed)
         self.space, self.epochs = self._problem.space, self._problem.epochs
         self.reference = self._problem.reference
-
         self.decisions = decisions_of(self.space, self._problem.prior, [self._problem.cost_rows])
 
     def sampler(self, name, seed):
@@ -329,13 +328,18 @@ def summary(rows):
     return "\n".join(lines) + "\n"
 
 
-def main(seeds, trials, only):
+def set_up():
+    """Return how this is made, and the plan and recorded policies of digits; Optuna is quiet."""
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(1)
     made = provenance(seed=0)  # before files change
     planned = plan(read_job(ROOT / "search_spaces" / "digits.yaml"))
-    table = read_table(HERE / "measured_digits.csv", planned.space)
+    return made, planned, read_table(HERE / "measured_digits.csv", planned.space)
+
+
+def main(seeds, trials, only):
+    made, planned, table = set_up()
 
     def rows_of(name, problem_of):
         pairs = [(sampler, seed) for sampler in FEW for seed in range(seeds)]
