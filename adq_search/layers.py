@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from adq_search.convolution import convolve
 from adq_search.quantizers import InputQuantizer, WeightQuantizer, made_again
 
 
@@ -55,8 +56,11 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         """Return the convolution. # shape: (N, out, height, width)."""
         weight, values = self._quantized(self.weight, input)
         with made_again(values):
-            out: Tensor = self._conv_forward(values, weight, self.bias)
-        return out
+            if self.padding_mode != "zeros":
+                padded: Tensor = self._conv_forward(values, weight, self.bias)
+                return padded
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+            return convolve(values, weight, self.bias, *geometry)
 
 
 class QuantLinear(QuantLayer, nn.Linear):

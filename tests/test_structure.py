@@ -13,7 +13,7 @@ ROWS = [
     {"errors", "progress", "provenance"},
     {"files", "validation", "native"},
     {"tracing", "pareto", "policy", "parallel"},
-    {"quantizers", "layout"},
+    {"convolution", "layout", "quantizers"},
     {"layers", "hardware", "global_batch_norm"},
     {"convert", "norms", "space_file", "space_rules", "space"},
     {"sensitivity", "tasks", "knapsack", "integer"},

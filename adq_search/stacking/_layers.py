@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from adq_search.convolution import convolve
 from adq_search.layers import QuantLayer
 from adq_search.stacking._quantizers import stack_input_quantizers, stack_weight_quantizers
 
@@ -59,7 +60,7 @@ class StackedConv(StackedLayer):
     def __init__(self, layers: Sequence[nn.Conv1d | nn.Conv2d]) -> None:
         super().__init__(layers)
         one = layers[0]
-        self._convolve = F.conv2d if isinstance(one, nn.Conv2d) else F.conv1d
+        self._convolve = convolve if isinstance(one, nn.Conv2d) else F.conv1d
         self._geometry = (one.stride, one.padding, one.dilation, one.groups * self.n_slots)
 
     def forward(self, values: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""Convolutions in two dimensions whose gradients are fast in bfloat16 too.
+
+oneDNN takes reference code for the gradients of some depthwise convolutions in bfloat16, fifty times
+as slow as in float32 (`results/qat_step/README.md`): those of strided ones, and of kernels above 3.
+They are taken in float32 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+
+def convolve(values: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """Return `torch.nn.functional.conv2d` of the arguments; gradients are its own within rounding.
+
+    Args:
+        values: # shape: (N, in, height, width)
+        weight: # shape: (out, in / groups, kernel height, kernel width)
+        bias: # shape: (out,)
+        *geometry: Stride, padding, dilation, groups.
+    """
+    if _has_slow_gradients(values, weight, *geometry):
+        return _Depthwise.apply(values, weight, bias, geometry)  # type: ignore[no-any-return, no-untyped-call]
+    return F.conv2d(values, weight, bias, *geometry)
+
+
+def _has_slow_gradients(
+    values: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    _dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    return (
+        groups > 1
+        and weight.shape[1] == 1
+        and (max(stride) > 1 or max(weight.shape[2:]) > 3)
+        and values.device.type == "cpu"
+        and values.ndim == 4
+        and not isinstance(padding, str)
+        and _dtype_of(values) == torch.bfloat16
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _dtype_of(values: Tensor) -> torch.dtype:
+    """What the convolution computes in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else values.dtype
+
+
+class _Depthwise(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(values, weight)
+        ctx.geometry, ctx.bias_dtype = geometry, None if bias is None else bias.dtype
+        half = [None if t is None else t.to(torch.bfloat16) for t in (values, weight, bias)]
+        with torch.autocast("cpu", enabled=False):
+            out: Tensor = F.conv2d(*half, *geometry)  # type: ignore[arg-type]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        upstream = gradients[0].float()
+        to_values, to_weight, _ = torch.ops.aten.convolution_backward(
+            *(upstream, values.float(), weight.float(), None, stride, padding, dilation),
+            *(False, (0, 0), groups, (*ctx.needs_input_grad[:2], False)),
+        )
+        return (
+            None if to_values is None else to_values.to(values.dtype),
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None if ctx.bias_dtype is None else upstream.sum(dim=(0, 2, 3)).to(ctx.bias_dtype),
+            None,
+        )
