@@ -24,11 +24,22 @@ inline float load(const bfloat16* from, long i) {
     return value;
 }
 
+// Bits of the nearest bfloat16, ties to even, in the upper half.
+inline uint32_t rounded_bits(float value) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : nearest;
+}
+
 inline void store(bfloat16* to, long i, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t to_nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to[i].bits = static_cast<uint16_t>(value != value ? 0x7fc0u : to_nearest_even);
+    to[i].bits = static_cast<uint16_t>(rounded_bits(value) >> 16);
+}
+
+// What is read after `store` wrote it.
+inline float as_stored(float value, const float*) { return value; }
+
+inline float as_stored(float value, const bfloat16*) {
+    return __builtin_bit_cast(float, rounded_bits(value));
 }
 
 // Run `use` with a value of the tensor's type.

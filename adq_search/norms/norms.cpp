@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "blocks.hpp"
@@ -157,63 +158,147 @@ void slopes_line(const Clipped by, const T* x, const T* grad_y, const float* con
     }
 }
 
-// Gradients to y, line by line: `first` for the sums, `again` for the gradients to x.
+// Uniform quantization of y.
 template <class T>
-struct GivenSlopes {
-    const T* grad_y;
+void uniform_line(const Clipped by, const T* __restrict x, float s, float n, float p,
+                  T* __restrict out, long size) {
+#pragma omp simd
+    for (long j = 0; j < size; ++j) {
+        const float y = as_stored(clip(load(x, j) * by.a[j] + by.b[j], by.low, by.high), x);
+        store(out, j, std::nearbyint(clip(y / s, n, p)) * s);
+    }
+}
 
-    const T* first(long begin, long) { return grad_y + begin; }
-    const T* again(long begin, long) { return grad_y + begin; }
+// The step and the codes' range that gradients through uniform quantization need.
+struct Grid {
+    float n, p, low, high, per_step;
+
+    Grid(float s, float n, float p) : n(n), p(p), low(n * s), high(p * s), per_step(1.0f / s) {}
 };
 
-// Through uniform quantization; `sum` is the part of the gradient to the step.
+// As `uniform_slopes`: the gradient to y where the quantizer lets it through; its part of the
+// gradient to the step is added to `sum`.
+inline float through_grid(const Grid grid, float y, float upstream, float& sum) {
+    const float z = clip(y * grid.per_step, grid.n, grid.p);
+    const float inside = (y > grid.low) & (y < grid.high) ? 1.0f : 0.0f;
+    sum += (std::nearbyint(z) - inside * z) * upstream;
+    return upstream * inside;
+}
+
+// `add_products` with gradients through uniform quantization, each of which `keep` takes; returns
+// the part of the gradient to the step. `room` for a line is used where values are rounded: compilers
+// lose their way in one loop that does so too.
+template <class T, class Keep>
+float add_uniform_products(const Clipped by, const Grid grid, const T* __restrict x,
+                           const T* __restrict upstream, float* __restrict first,
+                           float* __restrict second, long size, T* __restrict room,
+                           const Keep keep) {
+    constexpr bool is_rounded = !std::is_same_v<T, float>;
+    if (is_rounded) clipped_line(by, x, room, size);
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long j = 0; j < size; ++j) {
+        const float value = load(x, j), y = value * by.a[j] + by.b[j];
+        const float kept_y = is_rounded ? load(room, j) : clip(y, by.low, by.high);
+        const float grad_y = through_grid(grid, kept_y, load(upstream, j), sum);
+        const float r = (y > by.low) & (y < by.high) ? grad_y : 0.0f;
+        keep(j, grad_y);
+        first[j] += r;
+        second[j] += r * (value - by.mean[j]);
+    }
+    return sum;
+}
+
+// `slopes_line` with gradients through uniform quantization.
+template <class T>
+void uniform_slopes_line(const Clipped by, const Grid grid, const T* __restrict x,
+                         const T* __restrict upstream, const float* __restrict constant,
+                         const float* __restrict slope, T* __restrict grad_x, long size) {
+#pragma omp simd
+    for (long j = 0; j < size; ++j) {
+        const float value = load(x, j), open_y = value * by.a[j] + by.b[j];
+        const float y = as_stored(clip(open_y, by.low, by.high), x);
+        const bool is_open = (open_y > by.low) & (open_y < by.high) & (y > grid.low) & (y < grid.high);
+        const float r = is_open ? load(upstream, j) : 0.0f;
+        store(grad_x, j, by.a[j] * r - constant[j] - slope[j] * (value - by.mean[j]));
+    }
+}
+
+// What lies behind a norm in its backward pass, line by line: `add` for the sums, which `end` closes,
+// then `write` for the gradients to x.
+
+// Nothing but the clipping.
+template <class T>
+struct GivenSlopes {
+    Clipped by;
+    const T *x, *grad_y;
+    T* grad_x;
+
+    void add(long at, long size, float* first, float* second) {
+        add_products(by, x + at, grad_y + at, first, second, size);
+    }
+    void end() {}
+    void write(long at, long size, const float* constant, const float* slope) {
+        slopes_line(by, x + at, grad_y + at, constant, slope, grad_x + at, size);
+    }
+};
+
+// Uniform quantization; `sum` is the part of the gradient to the step.
 template <class T>
 struct UniformSlopes {
     Clipped by;
+    Grid grid;
     const T *x, *upstream;
-    float s, n, p;
+    T* grad_x;
     double* sum;
-    std::vector<T> y, grad_y;
+    std::vector<T> room;
 
-    const T* first(long begin, long size) {
-        *sum += slopes(begin, size);
-        return grad_y.data();
+    void add(long at, long size, float* first, float* second) {
+        *sum += add_uniform_products(by, grid, x + at, upstream + at, first, second, size,
+                                     room.data(), [](long, float) {});
     }
-    const T* again(long begin, long size) {
-        slopes(begin, size);
-        return grad_y.data();
-    }
-    float slopes(long begin, long size) {
-        clipped_line(by, x + begin, y.data(), size);
-        return uniform_slopes(y.data(), upstream + begin, s, n, p, grad_y.data(), size);
+    void end() {}
+    void write(long at, long size, const float* constant, const float* slope) {
+        uniform_slopes_line(by, grid, x + at, upstream + at, constant, slope, grad_x + at, size);
     }
 };
 
-// Through thresholds; `grad_y` keeps what was found, `sums` are those of `thresholds_backward`.
+// Thresholds. `grad_x` keeps gradients to y until it is written; `sums` are those of
+// `thresholds_backward`.
 template <class T>
 struct IntervalSlopes {
     Clipped by;
+    const Intervals* known;
     const T *x, *upstream;
     const uint8_t* index;
-    const Intervals* known;
-    T* grad_y;
-    double* sums;
+    T* grad_x;
+    float* sums;
     std::vector<T> y;
-    std::vector<float> r, moment, own;
+    std::vector<float> r, moment;
     std::vector<int32_t> interval;
+    IntervalSums parts;
+    double codes = 0.0;
 
-    const T* first(long begin, long size) {
-        const long n = known->last + 1;
-        clipped_line(by, x + begin, y.data(), size);
-        const float codes = interval_slopes(*known, y.data(), upstream + begin, index + begin,
-                                            grad_y + begin, r.data(), moment.data(),
-                                            interval.data(), size);
-        sums_by_interval(r.data(), moment.data(), interval.data(), n, own.data(), size);
-        for (long k = 0; k < 2 * n; ++k) sums[k] += own[k];
-        sums[2 * n] += codes;
-        return grad_y + begin;
+    IntervalSlopes(const Clipped by, const Intervals& known, const T* x, const T* upstream,
+                   const uint8_t* index, T* grad_x, float* sums, long width)
+        : by(by), known(&known), x(x), upstream(upstream), index(index), grad_x(grad_x), sums(sums),
+          y(width), r(strips(width)), moment(strips(width)), interval(strips(width)),
+          parts(known.last + 1) {}
+
+    void add(long at, long size, float* first, float* second) {
+        clipped_line(by, x + at, y.data(), size);
+        codes += interval_slopes(*known, y.data(), upstream + at, index + at, grad_x + at, r.data(),
+                                 moment.data(), interval.data(), size);
+        parts.add(r.data(), moment.data(), interval.data(), size);
+        add_products(by, x + at, grad_x + at, first, second, size);
     }
-    const T* again(long begin, long) { return grad_y + begin; }
+    void end() {
+        parts.total(sums);
+        sums[2 * (known->last + 1)] = static_cast<float>(codes);
+    }
+    void write(long at, long size, const float* constant, const float* slope) {
+        slopes_line(by, x + at, grad_x + at, constant, slope, grad_x + at, size);
+    }
 };
 
 // What the sums of a norm's backward pass say: gradients to its weight and bias, and what each
@@ -239,25 +324,23 @@ struct Pull {
 };
 
 // The backward pass of a norm; `slopes_of(block)` makes one of the above.
-template <class T, class Maker>
-void norm_slopes(const Lines& lines, const Clipped by, const T* x, const float* weight,
-                 const float* inverse, T* grad_x, float* grad_weight, float* grad_bias, long threads,
-                 const Maker slopes_of) {
+template <class Maker>
+void norm_slopes(const Lines& lines, const float* weight, const float* inverse, float* grad_weight,
+                 float* grad_bias, long threads, const Maker slopes_of) {
     Sums sums(lines);
     lines.each(threads, [&](long block, const auto each_line) {
-        auto grad_y = slopes_of(block);
-        each_line([&](long begin, long size) {
-            add_products(by, x + begin, grad_y.first(begin, size), sums.first(block),
-                         sums.second(block), size);
+        auto behind = slopes_of(block);
+        each_line([&](long at, long size) {
+            behind.add(at, size, sums.first(block), sums.second(block));
         });
+        behind.end();
     });
     const Pull pull(sums.total(), lines, static_cast<double>(lines.pixels), weight, inverse,
                     grad_weight, grad_bias);
     lines.each(threads, [&](long block, const auto each_line) {
-        auto grad_y = slopes_of(block);
-        each_line([&](long begin, long size) {
-            slopes_line(by, x + begin, grad_y.again(begin, size), pull.constant.data(),
-                        pull.slope.data(), grad_x + begin, size);
+        auto behind = slopes_of(block);
+        each_line([&](long at, long size) {
+            behind.write(at, size, pull.constant.data(), pull.slope.data());
         });
     });
 }
@@ -382,10 +465,11 @@ extern "C" void clipped_backward(long half, const void* values, const void* upst
     const Norm norm(lines, weight, bias, mean, inverse);
     typed(half, [&](auto kind) {
         using T = decltype(kind);
-        const T* grad_y = static_cast<const T*>(upstream);
-        norm_slopes(lines, norm.clipped(low, high), static_cast<const T*>(values), weight, inverse,
-                    static_cast<T*>(grad_values), grad_weight, grad_bias, threads,
-                    [=](long) { return GivenSlopes<T>{grad_y}; });
+        const T *x = static_cast<const T*>(values), *grad_y = static_cast<const T*>(upstream);
+        const GivenSlopes<T> behind = {norm.clipped(low, high), x, grad_y,
+                                       static_cast<T*>(grad_values)};
+        norm_slopes(lines, weight, inverse, grad_weight, grad_bias, threads,
+                    [=](long) { return behind; });
     });
 }
 
@@ -402,10 +486,8 @@ extern "C" void uniform(long half, const void* values, const float* weight, cons
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
         lines.each(threads, [&](long, const auto each_line) {
-            std::vector<T> y(lines.width);
             each_line([&](long begin, long size) {
-                clipped_line(norm.clipped(low, high), x + begin, y.data(), size);
-                uniform_block(y.data(), s, n, p, to + begin, size);
+                uniform_line(norm.clipped(low, high), x + begin, s, n, p, to + begin, size);
             });
         });
     });
@@ -421,16 +503,16 @@ extern "C" void uniform_backward(long half, const void* values, const void* upst
     const Lines lines(pixels, channels);
     const Norm norm(lines, weight, bias, mean, inverse);
     const Clipped by = norm.clipped(low, high);
-    const float s = positive(*raw, smallest), n = *qmin, p = *qmax;
+    const Grid grid(positive(*raw, smallest), *qmin, *qmax);
     std::vector<double> parts(lines.blocks);
     typed(half, [&](auto kind) {
         using T = decltype(kind);
         const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
+        T* to = static_cast<T*>(grad_values);
         const std::vector<T> line(lines.width);
-        norm_slopes(lines, by, x, weight, inverse, static_cast<T*>(grad_values), grad_weight,
-                    grad_bias, threads, [&](long block) {
-                        return UniformSlopes<T>{by, x, r, s, n, p, &parts[block], line, line};
-                    });
+        norm_slopes(lines, weight, inverse, grad_weight, grad_bias, threads, [&](long block) {
+            return UniformSlopes<T>{by, grid, x, r, to, &parts[block], line};
+        });
     });
     double sum = 0.0;
     for (const double part : parts) sum += part;
@@ -473,28 +555,18 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
     const Clipped by = norm.clipped(low, high);
     const Intervals known = {Lookup(knots, n_knots), Lookup(slopes, n_knots),
                              static_cast<int32_t>(n_knots - 1), *in_scale, *qmin};
-    const long n_sums = 2 * n_knots + 1, in_strips = (lines.width + STRIP - 1) / STRIP * STRIP;
-    std::vector<double> parts(n_sums * lines.blocks);
+    const long n_sums = 2 * n_knots + 1;
+    std::vector<float> parts(n_sums * lines.blocks);
     typed(half, [&](auto kind) {
         using T = decltype(kind);
         const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         T* to = static_cast<T*>(grad_values);
-        const std::vector<T> line(in_strips);
-        const std::vector<float> figures(in_strips), own(n_sums);
-        const std::vector<int32_t> interval(in_strips);
-        norm_slopes(lines, by, x, weight, inverse, to, grad_weight, grad_bias, threads,
-                    [&](long block) {
-                        return IntervalSlopes<T>{by,      x,       r,        index,
-                                                 &known,  to,      &parts[n_sums * block],
-                                                 line,    figures, figures,  own,
-                                                 interval};
-                    });
+        norm_slopes(lines, weight, inverse, grad_weight, grad_bias, threads, [&](long block) {
+            return IntervalSlopes<T>(by, known, x, r, index, to, &parts[n_sums * block],
+                                     lines.width);
+        });
     });
-    for (long k = 0; k < n_sums; ++k) {
-        double sum = 0.0;
-        for (long block = 0; block < lines.blocks; ++block) sum += parts[n_sums * block + k];
-        sums[k] = static_cast<float>(sum);
-    }
+    total_of(parts, n_sums, sums);
 }
 
 // The same with a step for each sample (ASQ). `sums`: by sample and channel, what `add_open` adds,
@@ -534,10 +606,9 @@ extern "C" void uniform_by_sample(long half, const void* values, const float* we
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
         all.each(threads, [&](long sample, const auto each_line) {
-            std::vector<T> y(all.lines.width);
             each_line([&](long begin, long size) {
-                clipped_line(norm.clipped(low, high), x + begin, y.data(), size);
-                uniform_block(y.data(), steps[sample], *qmin, *qmax, to + begin, size);
+                uniform_line(norm.clipped(low, high), x + begin, steps[sample], *qmin, *qmax,
+                             to + begin, size);
             });
         });
     });
@@ -559,14 +630,15 @@ extern "C" void sample_slopes(long half, const void* values, const void* upstrea
         const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         T* grad_y = static_cast<T*>(grad_values);
         all.each(threads, [&](long sample, const auto each_line) {
-            std::vector<T> y(all.lines.width);
             std::vector<float> first(all.lines.width), second(all.lines.width);
+            std::vector<T> room(all.lines.width);
+            const Grid grid(steps[sample], *qmin, *qmax);
             double sum = 0.0;
             each_line([&](long begin, long size) {
-                clipped_line(by, x + begin, y.data(), size);
-                sum += uniform_slopes(y.data(), r + begin, steps[sample], *qmin, *qmax,
-                                      grad_y + begin, size);
-                add_products(by, x + begin, grad_y + begin, first.data(), second.data(), size);
+                T* kept = grad_y + begin;
+                sum += add_uniform_products(by, grid, x + begin, r + begin, first.data(),
+                                            second.data(), size, room.data(),
+                                            [=](long j, float grad) { store(kept, j, grad); });
             });
             grad_steps[sample] = static_cast<float>(sum);
             all.fold(first, &parts[2 * sample * channels]);

@@ -26,6 +26,7 @@ constexpr long N_TABLES = 8;
 constexpr long LANES = 16;
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
 // Values that are compared with all cuts at once.
 constexpr long STRIP = 4 * LANES;
@@ -41,16 +42,64 @@ constexpr long FEW_CUTS = 7;
 constexpr long FEW_CUTS = 127;
 #endif
 
-template <class T>
-inline floats lanes(const T* from) {
+// Narrow integers as wide ones, and back; compilers take them one by one.
+inline ints widened(const uint8_t* from) {
+#ifdef __AVX512F__
+    return reinterpret_cast<ints>(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    bytes narrow;
+    std::memcpy(&narrow, from, sizeof narrow);
+    return __builtin_convertvector(narrow, ints);
+#endif
+}
+
+inline ints widened(const uint16_t* from) {
+#ifdef __AVX512F__
+    return reinterpret_cast<ints>(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#else
+    shorts narrow;
+    std::memcpy(&narrow, from, sizeof narrow);
+    return __builtin_convertvector(narrow, ints);
+#endif
+}
+
+inline void narrow(uint8_t* to, ints wide) {
+#ifdef __AVX512F__
+    const __m128i found = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(wide));
+#else
+    const bytes found = __builtin_convertvector(wide, bytes);
+#endif
+    std::memcpy(to, &found, sizeof found);
+}
+
+inline void narrow(uint16_t* to, ints wide) {
+#ifdef __AVX512F__
+    const __m256i found = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(wide));
+#else
+    const shorts found = __builtin_convertvector(wide, shorts);
+#endif
+    std::memcpy(to, &found, sizeof found);
+}
+
+inline floats lanes(const float* from) {
     floats values;
-    for (long j = 0; j < LANES; ++j) values[j] = load(from, j);
+    std::memcpy(&values, from, sizeof values);
     return values;
 }
 
-template <class T>
-inline void put(T* to, floats values) {
-    for (long j = 0; j < LANES; ++j) store(to, j, values[j]);
+inline floats lanes(const bfloat16* from) {
+    return reinterpret_cast<floats>(widened(&from->bits) << 16);
+}
+
+inline void put(float* to, floats values) { std::memcpy(to, &values, sizeof values); }
+
+// As `store` does.
+inline void put(bfloat16* to, floats values) {
+    const ints bits = reinterpret_cast<ints>(values);
+    const ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    narrow(&to->bits, values == values ? rounded : 0x7fc0 + ints{});
 }
 
 // Halves are added to each other: no addition waits for fifteen others.
@@ -203,37 +252,81 @@ class Tables {
     std::vector<float> sums_;
 };
 
-// Sums of two figures over the values of each interval 1..n; `sums` # shape: (2, n). Buffers hold
-// whole strips, with interval 0 beyond `size`.
-void sums_by_interval(const float* first, const float* second, const int32_t* interval, long n,
-                      float* sums, long size) {
-    if (n <= FEW_INTERVALS) {
-        for (int32_t k = 0; k < n; ++k) {
-            // Four sums at a time: none waits for the one before.
-            floats total[2][STRIP / LANES] = {};
-            for (long i = 0; i < size; i += STRIP) {
-                for (long j = 0; j < STRIP / LANES; ++j) {
-                    floats one, two;
-                    ints own;
-                    std::memcpy(&one, first + i + j * LANES, sizeof one);
-                    std::memcpy(&two, second + i + j * LANES, sizeof two);
-                    std::memcpy(&own, interval + i + j * LANES, sizeof own);
-                    total[0][j] += own == k + 1 ? one : floats{};
-                    total[1][j] += own == k + 1 ? two : floats{};
+// Add values to a sum where `own` is `k`, in one operation where the processor has it.
+inline void add_where(ints own, int32_t k, floats value, floats& sum) {
+#ifdef __AVX512F__
+    const __mmask16 is_there =
+        _mm512_cmpeq_epi32_mask(reinterpret_cast<__m512i>(own), _mm512_set1_epi32(k));
+    const __m512 before = reinterpret_cast<__m512>(sum);
+    sum = reinterpret_cast<floats>(
+        _mm512_mask_add_ps(before, is_there, before, reinterpret_cast<__m512>(value)));
+#else
+    sum += own == k ? value : floats{};
+#endif
+}
+
+// Sums of two figures over the values of each interval 1..n. Buffers that are added hold whole
+// strips, with interval 0 beyond `size`.
+class IntervalSums {
+  public:
+    explicit IntervalSums(long n)
+        : n_(n), few_(n <= FEW_INTERVALS ? 2 * (n + TOGETHER - 1) / TOGETHER * TOGETHER : 0),
+          many_(n <= FEW_INTERVALS ? 0 : 2 * n) {}
+
+    void add(const float* first, const float* second, const int32_t* interval, long size) {
+        if (few_.empty()) {
+            for (long i = 0; i < size; ++i) {
+                if (interval[i] == 0) continue;
+                many_.add(i, interval[i] - 1, first[i]);
+                many_.add(i, n_ + interval[i] - 1, second[i]);
+            }
+            return;
+        }
+        // As many sums at a time as stay in registers.
+        for (int32_t k = 0; k < n_; k += TOGETHER) {
+            floats sums[2 * TOGETHER];
+#pragma GCC unroll 16
+            for (int32_t j = 0; j < 2 * TOGETHER; ++j) sums[j] = few_[2 * k + j];
+            for (long i = 0; i < size; i += LANES) {
+                floats one, two;
+                ints own;
+                std::memcpy(&one, first + i, sizeof one);
+                std::memcpy(&two, second + i, sizeof two);
+                std::memcpy(&own, interval + i, sizeof own);
+#pragma GCC unroll 8
+                for (int32_t j = 0; j < TOGETHER; ++j) {
+                    add_where(own, k + j + 1, one, sums[2 * j]);
+                    add_where(own, k + j + 1, two, sums[2 * j + 1]);
                 }
             }
-            sums[k] = sum_of((total[0][0] + total[0][1]) + (total[0][2] + total[0][3]));
-            sums[n + k] = sum_of((total[1][0] + total[1][1]) + (total[1][2] + total[1][3]));
+#pragma GCC unroll 16
+            for (int32_t j = 0; j < 2 * TOGETHER; ++j) few_[2 * k + j] = sums[j];
         }
-        return;
     }
-    Tables tables(2 * n);
-    for (long i = 0; i < size; ++i) {
-        if (interval[i] == 0) continue;
-        tables.add(i, interval[i] - 1, first[i]);
-        tables.add(i, n + interval[i] - 1, second[i]);
+
+    // The first figure's sums, then the second's, # shape: (2, n).
+    void total(float* sums) const {
+        if (few_.empty()) return many_.total(sums);
+        for (long k = 0; k < n_; ++k) {
+            sums[k] = sum_of(few_[2 * k]);
+            sums[n_ + k] = sum_of(few_[2 * k + 1]);
+        }
     }
-    tables.total(sums);
+
+  private:
+    static constexpr int32_t TOGETHER = 8;
+
+    long n_;
+    std::vector<floats> few_;
+    Tables many_;
+};
+
+// The same of one buffer.
+void sums_by_interval(const float* first, const float* second, const int32_t* interval, long n,
+                      float* to, long size) {
+    IntervalSums sums(n);
+    sums.add(first, second, interval, size);
+    sums.total(to);
 }
 
 // Midpoints between sorted levels.
@@ -298,8 +391,7 @@ void thresholds_strip(const T* __restrict x, float beta, const Cuts& cuts, float
     for (long j = 0; j < STRIP / LANES; ++j) {
         const floats level = (__builtin_convertvector(below[j], floats) + n) * d;
         put(out + j * LANES, z[j] == z[j] ? level : z[j]);
-        const bytes narrow = __builtin_convertvector(below[j], bytes);
-        std::memcpy(index + j * LANES, &narrow, sizeof narrow);
+        narrow(index + j * LANES, below[j]);
     }
 }
 
@@ -341,9 +433,7 @@ template <class T>
 inline floats interval_lanes(const Intervals& known, const T* x, const T* upstream,
                              const uint8_t* index, T* grad_x, float* r, float* moment,
                              int32_t* interval) {
-    bytes narrow;
-    std::memcpy(&narrow, index, sizeof narrow);
-    const ints above = __builtin_convertvector(narrow, ints);
+    const ints above = widened(index);
     // Threshold i lies within interval i: `index` knots lie below, or one more.
     const ints at_least = above < known.last ? above : known.last + ints{};
     const floats z = lanes(x) * known.beta, gradient = lanes(upstream);
