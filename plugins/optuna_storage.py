@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import (
@@ -22,6 +22,7 @@ from sqlalchemy.exc import (
 
 from adq_search.errors import MissingExtraError, StorageError
 from adq_search.plugins._outages import wait_out
+from adq_search.plugins.optuna_database import BulkDatabase
 from adq_search.plugins.optuna_journal import open_journal
 from adq_search.plugins.optuna_lease import LeaseTerms
 
@@ -174,5 +175,5 @@ def _waiting(
     return call
 
 
-_PatientDatabase = _patient(RDBStorage, _database_is_out)
+_PatientDatabase = _patient(BulkDatabase, _database_is_out)
 _PatientProxy = _patient(GrpcStorageProxy, _proxy_is_out)

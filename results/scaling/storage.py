@@ -15,7 +15,8 @@ By `template` and `parts` a worker knows its policy beforehand and nothing is qu
 part, without Optuna's reading of all running trials at each `ask`. A template has all parameters
 and is written in one transaction, as by `Study.add_trial`, which locks the study; in parts the
 study is locked for an empty trial, and each parameter and attribute is a transaction of its own.
-`--proxies` puts Optuna's gRPC proxies before the database, and shares the workers among them.
+`--proxies` puts Optuna's gRPC proxies before the database, and shares the workers among them. The
+database is opened as by our workers (`BulkDatabase`); rows of `RDBStorage` are of earlier commits.
 
 Workers and server share this machine, which real workers do not: the processor time a trial takes
 is told for each. `--no-sync` lets the server answer before a commit is on disk. Appends to
@@ -43,6 +44,7 @@ from optuna.trial import TrialState
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+from adq_search.plugins.optuna_database import BulkDatabase  # noqa: E402
 from adq_search.plugins.optuna_storage import open_storage  # noqa: E402
 from adq_search.provenance import provenance  # noqa: E402
 from tests.servers import Database, grpc_proxy  # noqa: E402
@@ -52,6 +54,7 @@ RESULT = {"state": "complete", "layers": {f"layer{i}": [4, 4, "adq", 0.9] for i 
 CONSTRAINT = -12.5
 TICKS = os.sysconf("SC_CLK_TCK")
 TARGET = 20.0
+SETTINGS = ("workers", "processes", "parameters", "by", "proxies", "storage")
 
 
 def space(n):
@@ -209,7 +212,17 @@ def work_many(urls, numbers, options, begin, out):
 
 
 def launch(urls, options, begin, out):
-    """Fork the processes of workers from one that has imported all they need."""
+    """Fork the processes of workers from one that has imported all they need.
+
+    A storage opened here loads what Optuna and SQLAlchemy load when used: 90 MB that each worker
+    would have of its own. gRPC cannot be used before a fork, and needs no such thing.
+    """
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if "grpc" not in urls[0]:
+        storage = open_storage(urls[0])
+        storage.get_all_studies()
+        storage.engine.dispose()
     context = multiprocessing.get_context("fork")
     shares = [range(i, options.workers, options.processes) for i in range(options.processes)]
     processes = [
@@ -278,7 +291,9 @@ def measure(options):
         for i in range(n_queued):
             study.enqueue_trial({"layer0.bits": 2 + i % 7}, user_attrs={"seed": i})
         before = set(children(os.getpid()))
-        proxies = [cleaning.enter_context(grpc_proxy(url)) for _ in range(options.proxies)]
+        proxies = [
+            cleaning.enter_context(grpc_proxy(url, is_ours=True)) for _ in range(options.proxies)
+        ]
         proxy_pids = sorted(set(children(os.getpid())) - before)
         context = multiprocessing.get_context("spawn")
         out, begin = context.Queue(), context.Barrier(options.workers + 1)
@@ -313,6 +328,7 @@ def measure(options):
             "parameters": options.parameters,
             "by": options.by,
             "proxies": options.proxies,
+            "storage": BulkDatabase.__name__,
             "sync": not options.no_sync,
             "asked_per_s": options.rate,
             "trials": len(told),
@@ -337,10 +353,10 @@ def summary(rows):
         "a worker spends in the storage for one trial. `by others`: processors that other programs "
         "took during the run, or the system for none of these; above 0.2 the rate is too low.",
         "",
-        "| workers | processes | parameters | by | proxies | commits | asked, 1/s | reached, 1/s | "
-        "trials | worker, ms | proxy, ms | server, ms | processors used | by others | s in storage "
-        "| server's limit, 1/s | lost or failed |",
-        "| ---: | ---: | ---: | --- | ---: | --- |" + " ---: |" * 11,
+        "| workers | processes | parameters | by | proxies | storage | commits | asked, 1/s "
+        "| reached, 1/s | trials | worker, ms | proxy, ms | server, ms | processors used "
+        "| by others | s in storage | server's limit, 1/s | lost or failed |",
+        "| ---: | ---: | ---: | --- | ---: | --- | --- |" + " ---: |" * 11,
     ]
     for r in rows:
         commits = "on disk" if r["sync"] == "True" else "not waited for"
@@ -348,7 +364,7 @@ def summary(rows):
         shown = {"asked_per_s": "g", "trials_per_s": ".1f", "trials": ".0f", "worker_cpu_ms": ".0f"}
         shown |= {"proxy_cpu_ms": ".0f", "server_cpu_ms": ".0f"}
         shown |= {"processors_used": ".2f", "used_by_others": ".2f", "storage_s": ".2f"}
-        cells = [r[name] for name in ("workers", "processes", "parameters", "by", "proxies")]
+        cells = [r[name] for name in SETTINGS]
         cells.append(commits)
         cells += [format(float(r[name]), kind) for name, kind in shown.items()]
         cells += [f"{limit:.0f}", str(int(r["errors"]) + int(r["lost"]))]
