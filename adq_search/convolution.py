@@ -1,8 +1,8 @@
 """Convolutions in two dimensions whose gradients are fast in bfloat16 too.
 
-oneDNN takes reference code for the gradients of some depthwise convolutions in bfloat16, fifty times
-as slow as in float32 (`results/qat_step/README.md`): those of strided ones, and of kernels above 3.
-They are taken in float32 here.
+oneDNN takes reference code for the gradients of some depthwise convolutions in bfloat16, fifty
+times as slow as in float32 (`results/qat_step/README.md`): those of strided ones, and of kernels
+above 3. They are taken in float32 here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
 
 
 def convolve(values: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:

@@ -83,7 +83,7 @@ class NativeLibrary:
             # Tensors of other classes (fake, batched, distributed) have no memory to point at.
             and type(values) in (Tensor, nn.Parameter)
             and values.dtype in (torch.float32, torch.bfloat16)
-            and all(_is_plain(parameter) for parameter in parameters)
+            and all(is_plain(parameter) for parameter in parameters)
             and values.numel() > 0
             and layout_of(values) is not None
             and compile_mode() in ("auto", "native")
@@ -174,6 +174,7 @@ def _plain(argument: Tensor | float | None) -> float | None:
     return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
-def _is_plain(parameter: Tensor) -> bool:
+def is_plain(parameter: Tensor) -> bool:
+    """Return whether it is a float32 tensor on the CPU without gaps."""
     is_here = parameter.device.type == "cpu" and parameter.is_contiguous()
     return is_here and parameter.dtype == torch.float32

@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from adq_search.native import NativeLibrary, laid_out_as
+from adq_search.native import NativeLibrary, is_plain, laid_out_as
 from adq_search.norms._readers import Range
 from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput
 from adq_search.quantizers._calibration import EPS
-from adq_search.quantizers._native import BLOCKS
+from adq_search.quantizers._native import ADAPTER, BLOCKS
 from adq_search.quantizers._thresholds import Intervals, used_intervals
 from adq_search.quantizers._through import lsq_gradient_factor
+from adq_search.quantizers.asq import SMALLEST_FACTOR
 
 # torch leaves Function.apply without annotations.
 # mypy: disable-error-code="no-untyped-call"
@@ -45,14 +46,16 @@ LIBRARY = NativeLibrary(
         "uniform_backward": "lppppppffpfppfpppplll",
         "thresholds": "lpppppffpplpppplll",
         "add_shares": "lppffpllll",
-        "open_sums": "lpppppffpllll",
-        "uniform_by_sample": "lpppppffppppllll",
-        "sample_slopes": "lppppppffppppppllll",
-        "shared_slopes": "lpppppffppppppllll",
+        "adaptive": "lpppppffpfppppfppppppppplllll",
+        "adaptive_backward": "lppppppffpfppfppfpppppppppppppplllll",
         "thresholds_backward": "lppppppffpppplppppplll",
     },
-    headers=[BLOCKS],
+    headers=[BLOCKS, ADAPTER],
 )
+
+
+#: In the place of a hidden layer's weights and biases.
+NO_LAYER = (None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,9 @@ class Norm:
 def fuses(quantizer: InputQuantizer | None) -> bool:
     """Whether a quantizer behind a norm runs in the norm's passes."""
     if isinstance(quantizer, AsqInput) and not (
-        quantizer.is_adaptive and quantizer.channel_dim == -3
+        quantizer.is_adaptive
+        and quantizer.channel_dim == -3
+        and all(is_plain(parameter) for parameter in quantizer.parameters())
     ):
         return False
     return type(quantizer) in QUANTIZED and quantizer is not None and quantizer.is_initialized
@@ -238,43 +243,42 @@ class _Adaptive(Function):
         norm: Norm,
         quantizer: AsqInput,
         raw: Tensor,
-        *_: Tensor,
+        *adapter: Tensor,
     ) -> Tensor:
         out, known, sizes = torch.empty_like(x), (weight, bias, *norm.statistics(x)), _by_sample(x)
-        n_samples, n_pixels, n_channels, _threads = sizes
-        sums = weight.new_empty(3, n_samples, n_channels)
-        LIBRARY.call("open_sums", x, *known, *norm.passes, sums, *sizes)
-        steps, *parts = quantizer.adapted_steps(sums[0] / n_pixels)
-        grid = (steps, quantizer.qmin, quantizer.qmax)
-        LIBRARY.call("uniform_by_sample", x, *known, *norm.passes, *grid, out, *sizes)
-        ctx.save_for_backward(x, *known, sums, *grid, raw, *parts)
-        ctx.passes, ctx.quantizer = norm.passes, quantizer
+        n, n_channels = x.shape[:2]
+        sums, (steps, beta, outputs) = weight.new_empty(4, n, n_channels), weight.new_empty(3, n)
+        *hidden, output, output_bias = adapter
+        width = output.shape[-1]
+        inner = weight.new_empty(n, width) if hidden else None
+        LIBRARY.call(
+            "adaptive",
+            *(x, *known, *norm.passes, raw, EPS, *(hidden or NO_LAYER), output, output_bias),
+            *(SMALLEST_FACTOR, quantizer.qmin, quantizer.qmax),
+            *(sums, sums[3], steps, beta, inner, outputs, out, width, *sizes),
+        )
+        saved = (quantizer.qmin, quantizer.qmax, sums, steps, beta, inner, outputs)
+        ctx.save_for_backward(x, *known, *saved, raw, *adapter)
+        ctx.passes = norm.passes
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *known), (sums, *grid), (raw, *parts) = _split(ctx.saved_tensors, 5, 4)
-        sizes = _by_sample(x)
-        found = [torch.empty_like(values) for values in (x, *known[:2])]
-        grad_s_a = torch.empty_like(grid[0])
-        products = sums.new_empty(2, x.shape[1])
+        (x, *known), (*grid, sums, steps, beta, inner, outputs), (raw,), adapter = _split(
+            ctx.saved_tensors, 5, 7, 1
+        )
+        found = [torch.empty_like(values) for values in (x, *known[:2], raw, *adapter)]
+        *hidden, output, _ = adapter
         LIBRARY.call(
-            "sample_slopes",
-            x,
-            laid_out_as(gradients[0], x),
-            *(*known, *ctx.passes, *grid, found[0], grad_s_a, products, *sizes),
+            "adaptive_backward",
+            *(x, laid_out_as(gradients[0], x), *known, *ctx.passes, raw, EPS),
+            *(hidden[0] if hidden else None, output, SMALLEST_FACTOR, *grid, float(x[0].numel())),
+            *(sums, sums[3], steps, beta, inner, outputs, *found[:4]),
+            *(() if hidden else NO_LAYER),
+            *(*found[4:], output.shape[-1], *_by_sample(x)),
         )
-        to_means, grad_raw, to_parameters = ctx.quantizer.trained_gradients(
-            grad_s_a, x, raw, *parts
-        )
-        shares = (to_means / sizes[1]).contiguous()
-        LIBRARY.call(
-            "shared_slopes",
-            x,
-            *(*known, *ctx.passes, sums, products, shares, *found, *sizes),
-        )
-        return *found, None, None, grad_raw, *to_parameters
+        return *found[:3], None, None, *found[3:]
 
 
 def add_shares_(gradient: Tensor, y: Tensor, to_means: Tensor, passes: Range) -> None:

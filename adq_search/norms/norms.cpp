@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "adapter.hpp"
 #include "blocks.hpp"
 
 namespace {
@@ -368,13 +369,12 @@ struct Samples {
             });
         }
     }
-    // Add figures of a line's places to those of a sample's channels.
+    // Sums of a line's places by channel.
     void fold(const std::vector<float>& of_line, float* of_channels) const {
-        for (long c = 0; c < lines.channels; ++c) {
-            double sum = 0.0;
-            for (long j = c; j < lines.width; j += lines.channels) sum += of_line[j];
-            of_channels[c] = static_cast<float>(sum);
-        }
+        std::vector<double> sums(lines.channels);
+        for (long begin = 0; begin < lines.width; begin += lines.channels)
+            for (long c = 0; c < lines.channels; ++c) sums[c] += of_line[begin + c];
+        for (long c = 0; c < lines.channels; ++c) of_channels[c] = static_cast<float>(sums[c]);
     }
 };
 
@@ -402,6 +402,117 @@ void shared_slopes_line(const Clipped by, const T* x, const T* grad_y, const flo
         const float r = (y > by.low) & (y < by.high) ? load(grad_y, j) + share[j] : 0.0f;
         store(grad_x, j, by.a[j] * r - constant[j] - slope[j] * (value - by.mean[j]));
     }
+}
+
+// Passes over tensors, as what Python calls below. `sums`: by sample and channel, what `add_open` adds,
+// # shape: (3, samples, channels). `pixels` are those of one sample.
+void open_sums(long half, const void* values, const float* weight, const float* bias,
+                          const float* mean, const float* inverse, float low, float high, float* sums,
+                          long samples, long pixels, long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    const long n = samples * channels;
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        all.each(threads, [&](long sample, const auto each_line) {
+            const std::vector<float> zeros(all.lines.width);
+            std::vector<float> sum = zeros, open = zeros, distance = zeros;
+            each_line([&](long begin, long size) {
+                add_open(norm.clipped(low, high), x + begin, sum.data(), open.data(),
+                         distance.data(), size);
+            });
+            all.fold(sum, sums + sample * channels);
+            all.fold(open, sums + n + sample * channels);
+            all.fold(distance, sums + 2 * n + sample * channels);
+        });
+    });
+}
+
+void uniform_by_sample(long half, const void* values, const float* weight,
+                                  const float* bias, const float* mean, const float* inverse,
+                                  float low, float high, const float* steps, const float* qmin,
+                                  const float* qmax, void* out, long samples, long pixels,
+                                  long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        T* to = static_cast<T*>(out);
+        all.each(threads, [&](long sample, const auto each_line) {
+            each_line([&](long begin, long size) {
+                uniform_line(norm.clipped(low, high), x + begin, steps[sample], *qmin, *qmax,
+                             to + begin, size);
+            });
+        });
+    });
+}
+
+// Gradients to y and to the steps, and by channel the sums of r, then those of r (x - mean).
+void sample_slopes(long half, const void* values, const void* upstream,
+                              const float* weight, const float* bias, const float* mean,
+                              const float* inverse, float low, float high, const float* steps,
+                              const float* qmin, const float* qmax, void* grad_values,
+                              float* grad_steps, float* products, long samples, long pixels,
+                              long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    const Clipped by = norm.clipped(low, high);
+    std::vector<float> parts(2 * samples * channels);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
+        T* grad_y = static_cast<T*>(grad_values);
+        all.each(threads, [&](long sample, const auto each_line) {
+            std::vector<float> first(all.lines.width), second(all.lines.width);
+            std::vector<T> room(all.lines.width);
+            const Grid grid(steps[sample], *qmin, *qmax);
+            double sum = 0.0;
+            each_line([&](long begin, long size) {
+                T* kept = grad_y + begin;
+                sum += add_uniform_products(by, grid, x + begin, r + begin, first.data(),
+                                            second.data(), size, room.data(),
+                                            [=](long j, float grad) { store(kept, j, grad); });
+            });
+            grad_steps[sample] = static_cast<float>(sum);
+            all.fold(first, &parts[2 * sample * channels]);
+            all.fold(second, &parts[(2 * sample + 1) * channels]);
+        });
+    });
+    total_of(parts, 2 * channels, products);
+}
+
+// Turns gradients to y into those to x, in place, after adding `shares` to them where the clipping
+// is open, # shape: (samples, channels). `sums` and `products` as found by the two functions above.
+void shared_slopes(long half, const void* values, const float* weight, const float* bias,
+                              const float* mean, const float* inverse, float low, float high,
+                              const float* sums, const float* products, const float* shares,
+                              void* grad_values, float* grad_weight, float* grad_bias, long samples,
+                              long pixels, long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    const long n = samples * channels;
+    std::vector<double> total(products, products + 2 * channels);
+    for (long i = 0; i < n; ++i) {
+        total[i % channels] += static_cast<double>(shares[i]) * sums[n + i];
+        total[channels + i % channels] += static_cast<double>(shares[i]) * sums[2 * n + i];
+    }
+    const Pull pull(total, all.lines, static_cast<double>(samples * pixels), weight, inverse,
+                    grad_weight, grad_bias);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        T* grad = static_cast<T*>(grad_values);
+        all.each(threads, [&](long sample, const auto each_line) {
+            const float* own = shares + sample * channels;
+            const std::vector<float> share = all.lines.repeated({own, own + channels});
+            each_line([&](long begin, long size) {
+                shared_slopes_line(norm.clipped(low, high), x + begin, grad + begin, share.data(),
+                                   pull.constant.data(), pull.slope.data(), grad + begin, size);
+            });
+        });
+    });
 }
 
 }  // namespace
@@ -569,115 +680,46 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
     total_of(parts, n_sums, sums);
 }
 
-// The same with a step for each sample (ASQ). `sums`: by sample and channel, what `add_open` adds,
-// # shape: (3, samples, channels). `pixels` are those of one sample.
-extern "C" void open_sums(long half, const void* values, const float* weight, const float* bias,
-                          const float* mean, const float* inverse, float low, float high, float* sums,
-                          long samples, long pixels, long channels, long threads) {
-    const Samples all(samples, pixels, channels);
-    const Norm norm(all.lines, weight, bias, mean, inverse);
-    const long n = samples * channels;
-    typed(half, [&](auto kind) {
-        using T = decltype(kind);
-        const T* x = static_cast<const T*>(values);
-        all.each(threads, [&](long sample, const auto each_line) {
-            const std::vector<float> zeros(all.lines.width);
-            std::vector<float> sum = zeros, open = zeros, distance = zeros;
-            each_line([&](long begin, long size) {
-                add_open(norm.clipped(low, high), x + begin, sum.data(), open.data(),
-                         distance.data(), size);
-            });
-            all.fold(sum, sums + sample * channels);
-            all.fold(open, sums + n + sample * channels);
-            all.fold(distance, sums + 2 * n + sample * channels);
-        });
-    });
+// The same with a step for each sample (ASQ), which an adapter finds from channel means of y; see
+// `adapter.hpp`. `sums`: what `open_sums` says.
+extern "C" void adaptive(long half, const void* values, const float* weight, const float* bias,
+                         const float* mean, const float* inverse, float low, float high,
+                         const float* raw, float smallest, const float* hidden,
+                         const float* hidden_bias, const float* output, const float* output_bias,
+                         float least, const float* qmin, const float* qmax, float* sums,
+                         float* means, float* steps, float* beta, float* inner, float* outputs,
+                         void* out, long width, long samples, long pixels, long channels,
+                         long threads) {
+    open_sums(half, values, weight, bias, mean, inverse, low, high, sums, samples, pixels, channels,
+              threads);
+    const float share = 1.0f / static_cast<float>(pixels);
+    for (long i = 0; i < samples * channels; ++i) means[i] = sums[i] * share;
+    steps_by_adapters(means, raw, smallest, hidden, hidden_bias, output, output_bias, least, steps,
+                      beta, inner, outputs, 1, samples, channels, width, threads);
+    uniform_by_sample(half, values, weight, bias, mean, inverse, low, high, steps, qmin, qmax, out,
+                      samples, pixels, channels, threads);
 }
 
-extern "C" void uniform_by_sample(long half, const void* values, const float* weight,
-                                  const float* bias, const float* mean, const float* inverse,
-                                  float low, float high, const float* steps, const float* qmin,
-                                  const float* qmax, void* out, long samples, long pixels,
-                                  long channels, long threads) {
-    const Samples all(samples, pixels, channels);
-    const Norm norm(all.lines, weight, bias, mean, inverse);
-    typed(half, [&](auto kind) {
-        using T = decltype(kind);
-        const T* x = static_cast<const T*>(values);
-        T* to = static_cast<T*>(out);
-        all.each(threads, [&](long sample, const auto each_line) {
-            each_line([&](long begin, long size) {
-                uniform_line(norm.clipped(low, high), x + begin, steps[sample], *qmin, *qmax,
-                             to + begin, size);
-            });
-        });
-    });
-}
-
-// Gradients to y and to the steps, and by channel the sums of r, then those of r (x - mean).
-extern "C" void sample_slopes(long half, const void* values, const void* upstream,
-                              const float* weight, const float* bias, const float* mean,
-                              const float* inverse, float low, float high, const float* steps,
-                              const float* qmin, const float* qmax, void* grad_values,
-                              float* grad_steps, float* products, long samples, long pixels,
-                              long channels, long threads) {
-    const Samples all(samples, pixels, channels);
-    const Norm norm(all.lines, weight, bias, mean, inverse);
-    const Clipped by = norm.clipped(low, high);
-    std::vector<float> parts(2 * samples * channels);
-    typed(half, [&](auto kind) {
-        using T = decltype(kind);
-        const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
-        T* grad_y = static_cast<T*>(grad_values);
-        all.each(threads, [&](long sample, const auto each_line) {
-            std::vector<float> first(all.lines.width), second(all.lines.width);
-            std::vector<T> room(all.lines.width);
-            const Grid grid(steps[sample], *qmin, *qmax);
-            double sum = 0.0;
-            each_line([&](long begin, long size) {
-                T* kept = grad_y + begin;
-                sum += add_uniform_products(by, grid, x + begin, r + begin, first.data(),
-                                            second.data(), size, room.data(),
-                                            [=](long j, float grad) { store(kept, j, grad); });
-            });
-            grad_steps[sample] = static_cast<float>(sum);
-            all.fold(first, &parts[2 * sample * channels]);
-            all.fold(second, &parts[(2 * sample + 1) * channels]);
-        });
-    });
-    total_of(parts, 2 * channels, products);
-}
-
-// Turns gradients to y into those to x, in place, after adding `shares` to them where the clipping
-// is open, # shape: (samples, channels). `sums` and `products` as found by the two functions above.
-extern "C" void shared_slopes(long half, const void* values, const float* weight, const float* bias,
-                              const float* mean, const float* inverse, float low, float high,
-                              const float* sums, const float* products, const float* shares,
-                              void* grad_values, float* grad_weight, float* grad_bias, long samples,
-                              long pixels, long channels, long threads) {
-    const Samples all(samples, pixels, channels);
-    const Norm norm(all.lines, weight, bias, mean, inverse);
-    const long n = samples * channels;
-    std::vector<double> total(products, products + 2 * channels);
-    for (long i = 0; i < n; ++i) {
-        total[i % channels] += static_cast<double>(shares[i]) * sums[n + i];
-        total[channels + i % channels] += static_cast<double>(shares[i]) * sums[2 * n + i];
-    }
-    const Pull pull(total, all.lines, static_cast<double>(samples * pixels), weight, inverse,
-                    grad_weight, grad_bias);
-    typed(half, [&](auto kind) {
-        using T = decltype(kind);
-        const T* x = static_cast<const T*>(values);
-        T* grad = static_cast<T*>(grad_values);
-        all.each(threads, [&](long sample, const auto each_line) {
-            const float* own = shares + sample * channels;
-            const std::vector<float> share = all.lines.repeated({own, own + channels});
-            each_line([&](long begin, long size) {
-                shared_slopes_line(norm.clipped(low, high), x + begin, grad + begin, share.data(),
-                                   pull.constant.data(), pull.slope.data(), grad + begin, size);
-            });
-        });
-    });
+extern "C" void adaptive_backward(
+    long half, const void* values, const void* upstream, const float* weight, const float* bias,
+    const float* mean, const float* inverse, float low, float high, const float* raw,
+    float smallest, const float* hidden, const float* output, float least, const float* qmin,
+    const float* qmax, float features, const float* sums, const float* means, const float* steps,
+    const float* beta, const float* inner, const float* outputs, void* grad_values,
+    float* grad_weight, float* grad_bias, float* grad_raw, float* grad_hidden,
+    float* grad_hidden_bias, float* grad_output, float* grad_output_bias, long width, long samples,
+    long pixels, long channels, long threads) {
+    std::vector<float> grad_steps(samples), products(2 * channels), shares(samples * channels);
+    sample_slopes(half, values, upstream, weight, bias, mean, inverse, low, high, steps, qmin, qmax,
+                  grad_values, grad_steps.data(), products.data(), samples, pixels, channels,
+                  threads);
+    adapters_backward(means, grad_steps.data(), raw, smallest, qmax, features, hidden, output, least,
+                      beta, inner, outputs, shares.data(), grad_raw, grad_hidden, grad_hidden_bias,
+                      grad_output, grad_output_bias, 1, samples, channels, width, threads);
+    for (float& share : shares) share /= static_cast<float>(pixels);
+    shared_slopes(half, values, weight, bias, mean, inverse, low, high, sums, products.data(),
+                  shares.data(), grad_values, grad_weight, grad_bias, samples, pixels, channels,
+                  threads);
 }
 
 // Adds `shares`, # shape: (samples, channels), to gradients where clipped values are open.

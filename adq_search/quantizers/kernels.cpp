@@ -254,68 +254,25 @@ extern "C" void interval_gradients(long, const void* start, const float* widths,
     Used(trained, 0).gradients(trained, 0, sums, grad_start, grad_widths, grad_in, grad_out);
 }
 
-// Steps of samples by adapters of `slots` quantizers, # shape: (slots, samples): s_a = |raw| beta,
-// beta, and the output activations; hidden ones, # shape: (slots, samples, width). No hidden weights:
-// null, and width is that of the means.
+// See `adapter.hpp`.
 extern "C" void adapted_steps(long, const void* means, const float* raw, float smallest,
                               const float* hidden, const float* hidden_bias, const float* output,
                               const float* output_bias, float least, float* steps, float* beta,
                               float* inner, float* outputs, long slots, long samples, long channels,
                               long width, long threads) {
-    const float* mean = static_cast<const float*>(means);
-    const long products = slots * samples * channels * width;
-    for_samples(slots, samples, products, threads, [=](long j, long first, long n) {
-        const Adapter adapter(hidden, hidden_bias, output, output_bias, channels, width, j);
-        adapter.run(mean + first * channels, n, inner + (hidden ? first * width : 0),
-                    outputs + first);
-        for (long i = first; i < first + n; ++i) {
-            beta[i] = outputs[i] < least ? least : outputs[i];
-            steps[i] = positive(raw[j], smallest) * beta[i];
-        }
-    });
+    steps_by_adapters(static_cast<const float*>(means), raw, smallest, hidden, hidden_bias, output,
+                      output_bias, least, steps, beta, inner, outputs, slots, samples, channels,
+                      width, threads);
 }
 
-// Gradients to the means, to the raw steps (with LSQ's scale 1 / sqrt(qmax features)) and to the
-// adapters, from those to the steps.
 extern "C" void adapted_steps_backward(
     long, const void* means, const float* upstream, const float* raw, float smallest,
     const float* qmax, float features, const float* hidden, const float* output, float least,
     const float* beta, const float* inner, const float* outputs, float* to_means, float* grad_raw,
     float* grad_hidden, float* grad_hidden_bias, float* grad_output, float* grad_output_bias,
     long slots, long samples, long channels, long width, long threads) {
-    const float* mean = static_cast<const float*>(means);
-    const float* last = hidden ? inner : mean;  // what the output layer reads
-    std::vector<float> to_outs(slots * samples), to_inners(hidden ? slots * samples * width : 0);
-    float *to_out = to_outs.data(), *to_inner = to_inners.data();
-    const long products = slots * samples * channels * width;
-    for_samples(slots, samples, products, threads, [=](long j, long first, long n) {
-        const Adapter adapter(hidden, nullptr, output, nullptr, channels, width, j);
-        for (long i = first; i < first + n; ++i)
-            to_out[i] = outputs[i] >= least ? upstream[i] * positive(raw[j], smallest) : 0.0f;
-        adapter.pull(to_out + first, n, last + first * width,
-                     to_inner + (hidden ? first * width : 0), to_means + first * channels);
-    });
-    for (long j = 0; j < slots; ++j) {
-        double to_step = 0.0, to_bias = 0.0;
-        float* own = grad_output + j * width;
-        std::fill(own, own + width, 0.0f);
-        for (long i = j * samples; i < (j + 1) * samples; ++i) {
-            to_step += static_cast<double>(upstream[i]) * beta[i];
-            to_bias += to_out[i];
-        }
-        add_all_scaled(to_out + j * samples, 1, last + j * samples * width, samples, own, width);
-        const float scale = 1.0f / std::sqrt(qmax[j] * features);
-        grad_raw[j] = static_cast<float>(to_step) * (raw[j] < 0.0f ? -scale : scale);
-        grad_output_bias[j] = static_cast<float>(to_bias);
-    }
-    if (!hidden) return;
-    in_threads(slots * width, products, threads, [=](long row) {
-        const long j = row / width;
-        const float* by = to_inner + j * samples * width + row % width;
-        float *own = grad_hidden + row * channels, bias = 0.0f;
-        std::fill(own, own + channels, 0.0f);
-        for (long i = 0; i < samples; ++i) bias += by[i * width];
-        add_all_scaled(by, width, mean + j * samples * channels, samples, own, channels);
-        grad_hidden_bias[row] = bias;
-    });
+    adapters_backward(static_cast<const float*>(means), upstream, raw, smallest, qmax, features,
+                      hidden, output, least, beta, inner, outputs, to_means, grad_raw, grad_hidden,
+                      grad_hidden_bias, grad_output, grad_output_bias, slots, samples, channels,
+                      width, threads);
 }

@@ -47,6 +47,7 @@ class Contestant(NamedTuple):
     processes: int = 1
     per_pass: int = 1
     is_float: bool = False
+    precision: str = "float32"
 
 
 CORES = os.cpu_count() or 1
@@ -57,6 +58,7 @@ CONTESTANTS = {
     f"now, {CORES} workers": Contestant(processes=CORES),
     "now, 1 worker, 8 networks a pass": Contestant(per_pass=8),
     f"now, {CORES} workers, 8 networks a pass": Contestant(processes=CORES, per_pass=8),
+    f"now, {CORES} workers, bfloat16": Contestant(processes=CORES, precision="bfloat16"),
     "floor: now, 1 worker, nothing quantized": Contestant(is_float=True),
 }
 PURE = ("forward and loss", "backward", "optimizer")
@@ -133,7 +135,7 @@ class Clock:
         setattr(owner, name, kinds.get(name, timed))
 
 
-def serve(name, folder, per_pass):
+def serve(name, folder, per_pass, precision):
     """Measure the policies that come in, a list a line; answer with seconds by phase."""
     import torch  # noqa: PLC0415
 
@@ -146,6 +148,8 @@ def serve(name, folder, per_pass):
     job = find_job(name)[0].with_search(prior=None, seed=SEED)
     if per_pass > 1:
         job = job.with_training(networks_per_pass=per_pass)
+    if precision != "float32":  # an older version knows no other
+        job = job.with_training(precision=precision)
     session = adq_search.session.prepare(plan(job), Path(folder) / "session")
 
     def measure(policies):
@@ -186,7 +190,8 @@ def start(job, name, old, folder):
     for i in range(contestant.processes):
         own = Path(folder) / f"{name}-{i}"
         own.mkdir()
-        command = [sys.executable, __file__, "--serve", job, str(own), str(contestant.per_pass)]
+        options = [str(own), str(contestant.per_pass), contestant.precision]
+        command = [sys.executable, __file__, "--serve", job, *options]
         process = subprocess.Popen(
             command, env=environment, cwd=own, text=True, stdin=subprocess.PIPE, stdout=-1
         )
@@ -364,6 +369,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        serve(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
     else:
         main()
