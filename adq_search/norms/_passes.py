@@ -45,7 +45,8 @@ LIBRARY = NativeLibrary(
         "uniform": "lpppppffpfppplll",
         "uniform_backward": "lppppppffpfppfpppplll",
         "thresholds": "lpppppffpplpppplll",
-        "add_shares": "lppffpllll",
+        "rectified": "lpffpfppppfppppppppplllll",
+        "rectified_backward": "lpppffpfppfppfppppppppppplllll",
         "adaptive": "lpppppffpfppppfppppppppplllll",
         "adaptive_backward": "lppppppffpfppfppfpppppppppppppplllll",
         "thresholds_backward": "lppppppffpppplppppplll",
@@ -212,7 +213,7 @@ class _Thresholds(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *known), (n, index), trained, rest = _split(ctx.saved_tensors, 5, 2, 4)
+        (x, *known), (n, index), trained, rest = split(ctx.saved_tensors, 5, 2, 4)
         used = Intervals(*rest)
         n_knots = used.knots.numel()
         sums = used.knots.new_empty(2 * n_knots + 1)
@@ -245,7 +246,7 @@ class _Adaptive(Function):
         raw: Tensor,
         *adapter: Tensor,
     ) -> Tensor:
-        out, known, sizes = torch.empty_like(x), (weight, bias, *norm.statistics(x)), _by_sample(x)
+        out, known, sizes = torch.empty_like(x), (weight, bias, *norm.statistics(x)), by_sample(x)
         n, n_channels = x.shape[:2]
         sums, (steps, beta, outputs) = weight.new_empty(4, n, n_channels), weight.new_empty(3, n)
         *hidden, output, output_bias = adapter
@@ -265,7 +266,7 @@ class _Adaptive(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *known), (*grid, sums, steps, beta, inner, outputs), (raw,), adapter = _split(
+        (x, *known), (*grid, sums, steps, beta, inner, outputs), (raw,), adapter = split(
             ctx.saved_tensors, 5, 7, 1
         )
         found = [torch.empty_like(values) for values in (x, *known[:2], raw, *adapter)]
@@ -276,25 +277,12 @@ class _Adaptive(Function):
             *(hidden[0] if hidden else None, output, SMALLEST_FACTOR, *grid, float(x[0].numel())),
             *(sums, sums[3], steps, beta, inner, outputs, *found[:4]),
             *(() if hidden else NO_LAYER),
-            *(*found[4:], output.shape[-1], *_by_sample(x)),
+            *(*found[4:], output.shape[-1], *by_sample(x)),
         )
         return *found[:3], None, None, *found[3:]
 
 
-def add_shares_(gradient: Tensor, y: Tensor, to_means: Tensor, passes: Range) -> None:
-    """Add what channel means pass back to the gradient of what was clipped into `y`, in place.
-
-    Args:
-        gradient: # shape: (N, C, height, width), channels last
-        y: Shape as `gradient`.
-        to_means: Gradient to the channel means of y, # shape: (N, C)
-        passes: Range of the clipping.
-    """
-    sizes = _by_sample(y)
-    LIBRARY.call("add_shares", y, (to_means / sizes[1]).contiguous(), *passes, gradient, *sizes)
-
-
-def _split(saved: tuple[Tensor, ...], *sizes: int) -> Iterator[tuple[Tensor, ...]]:
+def split(saved: tuple[Tensor, ...], *sizes: int) -> Iterator[tuple[Tensor, ...]]:
     """Yield as many tensors as each size says, then the rest."""
     rest = iter(saved)
     for size in sizes:
@@ -302,7 +290,7 @@ def _split(saved: tuple[Tensor, ...], *sizes: int) -> Iterator[tuple[Tensor, ...
     yield tuple(rest)
 
 
-def _by_sample(x: Tensor) -> tuple[int, int, int, int]:
+def by_sample(x: Tensor) -> tuple[int, int, int, int]:
     """Samples, pixels of one, channels, threads."""
     return x.shape[0], x[0, 0].numel(), x.shape[1], torch.get_num_threads()
 

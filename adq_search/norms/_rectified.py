@@ -2,25 +2,29 @@
 
 Behind a residual addition a ReLU is read by the next layer, which quantizes it, and by the next
 shortcut. Apart, the backward pass goes over memory nine times: through the quantizer, for the sum
-with what comes by the shortcut, through the ReLU. Here it does so four times.
+with what comes by the shortcut, through the ReLU. Here it does so four times, five for ASQ.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from adq_search.native import laid_out_as
 from adq_search.norms import _passes
+from adq_search.norms._passes import NO_LAYER, by_sample, split
 from adq_search.norms._readers import Range
 from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput, _native
 from adq_search.quantizers._calibration import EPS
 from adq_search.quantizers._native import Beside
 from adq_search.quantizers._thresholds import Intervals, used_intervals
 from adq_search.quantizers._through import lsq_gradient_factor
+from adq_search.quantizers.asq import SMALLEST_FACTOR
 
 # torch leaves Function.apply without annotations.
 # mypy: disable-error-code="no-untyped-call"
@@ -104,30 +108,43 @@ def _thresholds_again(ctx: Any) -> Tensor:
 class _Adaptive(Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, passes: Range, quantizer: AsqInput, raw: Tensor, *_: Tensor
+        ctx: Any, values: Tensor, passes: Range, quantizer: AsqInput, raw: Tensor, *adapter: Tensor
     ) -> tuple[Tensor, Tensor]:
-        y = F.hardtanh(values, *passes)
-        s_a, *parts = quantizer.adapted_steps(quantizer.channel_means(y))
-        ctx.save_for_backward(y, s_a, quantizer.qmin, quantizer.qmax, raw, *parts)
-        ctx.passes, ctx.quantizer = passes, quantizer
+        y, q, n = torch.empty_like(values), torch.empty_like(values), len(values)
+        means = raw.new_empty(n, values.shape[1])
+        steps, beta, outputs = raw.new_empty(3, n)
+        *hidden, output, output_bias = adapter
+        inner = raw.new_empty(n, output.shape[-1]) if hidden else None
+        grid = (quantizer.qmin, quantizer.qmax)
+        _passes.LIBRARY.call(
+            "rectified",
+            *(values, *passes, raw, EPS, *(hidden or NO_LAYER), output, output_bias),
+            *(SMALLEST_FACTOR, *grid, y, means, steps, beta, inner, outputs, q),
+            *(output.shape[-1], *by_sample(values)),
+        )
+        saved = (means, steps, beta, inner, outputs)
+        ctx.save_for_backward(y, *grid, *saved, raw, *adapter)
+        ctx.passes = passes
         ctx.again = _adaptive_again
-        return y, _native.uniform(y, s_a, 0.0, quantizer.qmin, quantizer.qmax)
+        return y, q
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        beside, upstream = gradients
-        y, s_a, qmin, qmax, raw, *parts = ctx.saved_tensors
-        grad, grad_s_a = _native.uniform_backward(
-            y, upstream, s_a, 0.0, qmin, qmax, 1.0, beside=Beside(beside, *ctx.passes)
+        (y, *grid), known, (raw,), adapter = split(ctx.saved_tensors, 3, 5, 1)
+        beside, upstream = (laid_out_as(gradient, y) for gradient in gradients)
+        found = [torch.empty_like(tensor) for tensor in (y, raw, *adapter)]
+        *hidden, output, _ = adapter
+        _passes.LIBRARY.call(
+            "rectified_backward",
+            *(y, upstream, beside, *ctx.passes, raw, EPS, hidden[0] if hidden else None, output),
+            *(SMALLEST_FACTOR, *grid, float(y[0].numel()), *known, *found[:2]),
+            *(() if hidden else NO_LAYER),
+            *(*found[2:], output.shape[-1], *by_sample(y)),
         )
-        to_means, grad_raw, to_parameters = ctx.quantizer.trained_gradients(
-            grad_s_a, y, raw, *parts
-        )
-        _passes.add_shares_(grad, y, to_means, ctx.passes)
-        return grad, None, None, grad_raw, *to_parameters
+        return found[0], None, None, *found[1:]
 
 
 def _adaptive_again(ctx: Any) -> Tensor:
-    y, s_a, qmin, qmax, *_ = ctx.saved_tensors
-    return _native.uniform(y, s_a, 0.0, qmin, qmax)
+    y, qmin, qmax, _, steps, *_ = ctx.saved_tensors
+    return _native.uniform(y, steps, 0.0, qmin, qmax)

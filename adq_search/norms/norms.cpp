@@ -404,6 +404,27 @@ void shared_slopes_line(const Clipped by, const T* x, const T* grad_y, const flo
     }
 }
 
+// Clipped values, and their sums by place in the line.
+template <class T>
+void rectified_line(const T* __restrict x, float low, float high, T* __restrict y,
+                    float* __restrict sum, long size) {
+#pragma omp simd
+    for (long j = 0; j < size; ++j) store(y, j, clip(load(x, j), low, high));
+#pragma omp simd
+    for (long j = 0; j < size; ++j) sum[j] += load(y, j);
+}
+
+// Gradients to what was clipped: to those given, gradients from elsewhere and shares are added.
+template <class T>
+void joined_line(const T* __restrict y, const T* __restrict other, const float* __restrict share,
+                 float low, float high, T* __restrict grad, long size) {
+#pragma omp simd
+    for (long j = 0; j < size; ++j) {
+        const float value = load(y, j), sum = load(grad, j) + load(other, j) + share[j];
+        store(grad, j, (value > low) & (value < high) ? sum : 0.0f);
+    }
+}
+
 // Passes over tensors, as what Python calls below. `sums`: by sample and channel, what `add_open` adds,
 // # shape: (3, samples, channels). `pixels` are those of one sample.
 void open_sums(long half, const void* values, const float* weight, const float* bias,
@@ -722,25 +743,71 @@ extern "C" void adaptive_backward(
                   threads);
 }
 
-// Adds `shares`, # shape: (samples, channels), to gradients where clipped values are open.
-extern "C" void add_shares(long half, const void* values, const float* shares, float low, float high,
-                           void* gradients, long samples, long pixels, long channels, long threads) {
+// Clipping and ASQ behind it, where others read the clipped values too; they go to `clipped`.
+extern "C" void rectified(long half, const void* values, float low, float high, const float* raw,
+                          float smallest, const float* hidden, const float* hidden_bias,
+                          const float* output, const float* output_bias, float least,
+                          const float* qmin, const float* qmax, void* clipped, float* means,
+                          float* steps, float* beta, float* inner, float* outputs, void* out,
+                          long width, long samples, long pixels, long channels, long threads) {
     const Samples all(samples, pixels, channels);
     typed(half, [&](auto kind) {
         using T = decltype(kind);
-        const T* y = static_cast<const T*>(values);
-        T* grad = static_cast<T*>(gradients);
+        const T* x = static_cast<const T*>(values);
+        T *y = static_cast<T*>(clipped), *to = static_cast<T*>(out);
         all.each(threads, [&](long sample, const auto each_line) {
-            const float* own = shares + sample * channels;
-            const std::vector<float> repeated = all.lines.repeated({own, own + channels});
-            const float* share = repeated.data();
+            std::vector<float> sum(all.lines.width);
             each_line([&](long begin, long size) {
-#pragma omp simd
-                for (long j = 0; j < size; ++j) {
-                    const float value = load(y, begin + j), before = load(grad, begin + j);
-                    const bool is_open = (value > low) & (value < high);
-                    store(grad, begin + j, is_open ? before + share[j] : before);
-                }
+                rectified_line(x + begin, low, high, y + begin, sum.data(), size);
+            });
+            float* own = means + sample * channels;
+            all.fold(sum, own);
+            for (long c = 0; c < channels; ++c) own[c] /= static_cast<float>(pixels);
+        });
+        steps_by_adapters(means, raw, smallest, hidden, hidden_bias, output, output_bias, least,
+                          steps, beta, inner, outputs, 1, samples, channels, width, threads);
+        all.each(threads, [&](long sample, const auto each_line) {
+            each_line([&](long begin, long size) {
+                uniform_block(y + begin, steps[sample], *qmin, *qmax, to + begin, size);
+            });
+        });
+    });
+}
+
+// `beside`: the gradient that comes to the clipped values by others.
+extern "C" void rectified_backward(
+    long half, const void* clipped, const void* upstream, const void* beside, float low, float high,
+    const float* raw, float smallest, const float* hidden, const float* output, float least,
+    const float* qmin, const float* qmax, float features, const float* means, const float* steps,
+    const float* beta, const float* inner, const float* outputs, void* grad_values, float* grad_raw,
+    float* grad_hidden, float* grad_hidden_bias, float* grad_output, float* grad_output_bias,
+    long width, long samples, long pixels, long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    std::vector<float> grad_steps(samples), shares(samples * channels);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T *y = static_cast<const T*>(clipped), *r = static_cast<const T*>(upstream);
+        const T* other = static_cast<const T*>(beside);
+        T* to = static_cast<T*>(grad_values);
+        all.each(threads, [&](long sample, const auto each_line) {
+            double sum = 0.0;
+            each_line([&](long begin, long size) {
+                sum += uniform_slopes(y + begin, r + begin, steps[sample], *qmin, *qmax, to + begin,
+                                      size);
+            });
+            grad_steps[sample] = static_cast<float>(sum);
+        });
+        adapters_backward(means, grad_steps.data(), raw, smallest, qmax, features, hidden, output,
+                          least, beta, inner, outputs, shares.data(), grad_raw, grad_hidden,
+                          grad_hidden_bias, grad_output, grad_output_bias, 1, samples, channels,
+                          width, threads);
+        all.each(threads, [&](long sample, const auto each_line) {
+            std::vector<float> own(channels);
+            for (long c = 0; c < channels; ++c)
+                own[c] = shares[sample * channels + c] / static_cast<float>(pixels);
+            const std::vector<float> share = all.lines.repeated(own);
+            each_line([&](long begin, long size) {
+                joined_line(y + begin, other + begin, share.data(), low, high, to + begin, size);
             });
         });
     });
