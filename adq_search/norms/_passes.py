@@ -51,7 +51,7 @@ LIBRARY = NativeLibrary(
         "adaptive_backward": "lppppppffpfppfppfpppppppppppppplllll",
         "thresholds_backward": "lppppppffpppplppppplll",
     },
-    headers=[BLOCKS, ADAPTER],
+    headers=[BLOCKS, ADAPTER, *sorted(Path(__file__).parent.glob("*.hpp"))],
 )
 
 
