@@ -16,6 +16,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+# torch leaves Function.apply without annotations.
+# mypy: disable-error-code="no-untyped-call"
+
 
 def convolve(values: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     """Return `torch.nn.functional.conv2d` of the arguments; gradients are its own within rounding.
@@ -27,7 +30,7 @@ def convolve(values: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
         *geometry: Stride, padding, dilation, groups.
     """
     if _has_slow_gradients(values, weight, *geometry):
-        return _Depthwise.apply(values, weight, bias, geometry)  # type: ignore[no-any-return, no-untyped-call]
+        return _Depthwise.apply(values, weight, bias, geometry)  # type: ignore[no-any-return]
     return F.conv2d(values, weight, bias, *geometry)
 
 
@@ -63,10 +66,10 @@ class _Depthwise(Function):
     ) -> Tensor:
         ctx.save_for_backward(values, weight)
         ctx.geometry, ctx.bias_dtype = geometry, None if bias is None else bias.dtype
-        half = [None if t is None else t.to(torch.bfloat16) for t in (values, weight, bias)]
+        half = torch.bfloat16
+        offset = None if bias is None else bias.to(half)
         with torch.autocast("cpu", enabled=False):
-            out: Tensor = F.conv2d(*half, *geometry)  # type: ignore[arg-type]
-        return out
+            return F.conv2d(values.to(half), weight.to(half), offset, *geometry)
 
     @staticmethod
     @once_differentiable

@@ -271,14 +271,17 @@ class _Adaptive(Function):
         )
         found = [torch.empty_like(values) for values in (x, *known[:2], raw, *adapter)]
         *hidden, output, _ = adapter
-        LIBRARY.call(
-            "adaptive_backward",
-            *(x, laid_out_as(gradients[0], x), *known, *ctx.passes, raw, EPS),
-            *(hidden[0] if hidden else None, output, SMALLEST_FACTOR, *grid, float(x[0].numel())),
-            *(sums, sums[3], steps, beta, inner, outputs, *found[:4]),
-            *(() if hidden else NO_LAYER),
-            *(*found[4:], output.shape[-1], *by_sample(x)),
-        )
+        given: list[Tensor | float | None] = [
+            *(laid_out_as(gradients[0], x), *known, *ctx.passes, raw, EPS),
+            *(hidden[:1] or NO_LAYER[:1]),
+            output,
+            SMALLEST_FACTOR,
+            *grid,
+            x[0].numel(),
+            *(sums, sums[3], steps, beta, inner, outputs),
+        ]
+        wanted: list[Tensor | None] = [*found[:4], *(() if hidden else NO_LAYER), *found[4:]]
+        LIBRARY.call("adaptive_backward", x, *given, *wanted, output.shape[-1], *by_sample(x))
         return *found[:3], None, None, *found[3:]
 
 

@@ -135,13 +135,18 @@ class _Adaptive(Function):
         beside, upstream = (laid_out_as(gradient, y) for gradient in gradients)
         found = [torch.empty_like(tensor) for tensor in (y, raw, *adapter)]
         *hidden, output, _ = adapter
-        _passes.LIBRARY.call(
-            "rectified_backward",
-            *(y, upstream, beside, *ctx.passes, raw, EPS, hidden[0] if hidden else None, output),
-            *(SMALLEST_FACTOR, *grid, float(y[0].numel()), *known, *found[:2]),
-            *(() if hidden else NO_LAYER),
-            *(*found[2:], output.shape[-1], *by_sample(y)),
-        )
+        given: list[Tensor | float | None] = [
+            *(upstream, beside, *ctx.passes, raw, EPS),
+            *(hidden[:1] or NO_LAYER[:1]),
+            output,
+            SMALLEST_FACTOR,
+            *grid,
+            y[0].numel(),
+            *known,
+        ]
+        wanted: list[Tensor | None] = [*found[:2], *(() if hidden else NO_LAYER), *found[2:]]
+        sizes = (output.shape[-1], *by_sample(y))
+        _passes.LIBRARY.call("rectified_backward", y, *given, *wanted, *sizes)
         return found[0], None, None, *found[1:]
 
 
