@@ -175,7 +175,7 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
 }
 
 // The same with a step for each sample (ASQ), which an adapter finds from channel means of y; see
-// `adapter.hpp`. `sums`: what `open_sums` says.
+// `adapter.hpp`. `sums`: what `open_sums` says; `means`: of y, # shape: (samples, channels).
 extern "C" void adaptive(long half, const void* values, const float* weight, const float* bias,
                          const float* mean, const float* inverse, float low, float high,
                          const float* raw, float smallest, const float* hidden,

@@ -90,8 +90,8 @@ void joined_line(const T* __restrict y, const T* __restrict other, const float* 
 // Passes over tensors, as what Python calls below. `sums`: by sample and channel, what `add_open` adds,
 // # shape: (3, samples, channels). `pixels` are those of one sample.
 void open_sums(long half, const void* values, const float* weight, const float* bias,
-                          const float* mean, const float* inverse, float low, float high, float* sums,
-                          long samples, long pixels, long channels, long threads) {
+               const float* mean, const float* inverse, float low, float high, float* sums,
+               long samples, long pixels, long channels, long threads) {
     const Samples all(samples, pixels, channels);
     const Norm norm(all.lines, weight, bias, mean, inverse);
     const long n = samples * channels;
@@ -113,10 +113,10 @@ void open_sums(long half, const void* values, const float* weight, const float* 
 }
 
 void uniform_by_sample(long half, const void* values, const float* weight,
-                                  const float* bias, const float* mean, const float* inverse,
-                                  float low, float high, const float* steps, const float* qmin,
-                                  const float* qmax, void* out, long samples, long pixels,
-                                  long channels, long threads) {
+                       const float* bias, const float* mean, const float* inverse,
+                       float low, float high, const float* steps, const float* qmin,
+                       const float* qmax, void* out, long samples, long pixels,
+                       long channels, long threads) {
     const Samples all(samples, pixels, channels);
     const Norm norm(all.lines, weight, bias, mean, inverse);
     typed(half, [&](auto kind) {
@@ -134,11 +134,11 @@ void uniform_by_sample(long half, const void* values, const float* weight,
 
 // Gradients to y and to the steps, and by channel the sums of r, then those of r (x - mean).
 void sample_slopes(long half, const void* values, const void* upstream,
-                              const float* weight, const float* bias, const float* mean,
-                              const float* inverse, float low, float high, const float* steps,
-                              const float* qmin, const float* qmax, void* grad_values,
-                              float* grad_steps, float* products, long samples, long pixels,
-                              long channels, long threads) {
+                   const float* weight, const float* bias, const float* mean,
+                   const float* inverse, float low, float high, const float* steps,
+                   const float* qmin, const float* qmax, void* grad_values,
+                   float* grad_steps, float* products, long samples, long pixels,
+                   long channels, long threads) {
     const Samples all(samples, pixels, channels);
     const Norm norm(all.lines, weight, bias, mean, inverse);
     const Clipped by = norm.clipped(low, high);
@@ -169,10 +169,10 @@ void sample_slopes(long half, const void* values, const void* upstream,
 // Turns gradients to y into those to x, in place, after adding `shares` to them where the clipping
 // is open, # shape: (samples, channels). `sums` and `products` as found by the two functions above.
 void shared_slopes(long half, const void* values, const float* weight, const float* bias,
-                              const float* mean, const float* inverse, float low, float high,
-                              const float* sums, const float* products, const float* shares,
-                              void* grad_values, float* grad_weight, float* grad_bias, long samples,
-                              long pixels, long channels, long threads) {
+                   const float* mean, const float* inverse, float low, float high,
+                   const float* sums, const float* products, const float* shares,
+                   void* grad_values, float* grad_weight, float* grad_bias, long samples,
+                   long pixels, long channels, long threads) {
     const Samples all(samples, pixels, channels);
     const Norm norm(all.lines, weight, bias, mean, inverse);
     const long n = samples * channels;
