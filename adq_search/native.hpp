@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 namespace {
 
@@ -51,4 +53,35 @@ void typed(long is_half, const Use use) {
         use(float{});
 }
 
+// An argument as `native_function.cpp` passes it.
+union Word {
+    void* place;
+    int64_t number;
+    float figure;
+};
+
+template <class Argument>
+Argument read(const Word& word) {
+    if constexpr (std::is_pointer_v<Argument>)
+        return static_cast<Argument>(word.place);
+    else if constexpr (std::is_floating_point_v<Argument>)
+        return word.figure;
+    else
+        return word.number;
+}
+
+template <class... Arguments, size_t... Is>
+void call_with(void (*function)(Arguments...), const Word* words, std::index_sequence<Is...>) {
+    function(read<Arguments>(words[Is])...);
+}
+
+template <class... Arguments>
+void call_with(void (*function)(Arguments...), const Word* words) {
+    call_with(function, words, std::index_sequence_for<Arguments...>{});
+}
+
 }  // namespace
+
+// Lets a graph of torch call the function.
+#define CALLED_BY_GRAPH(function) \
+    extern "C" void function##_by_words(const Word* words) { call_with(function, words); }

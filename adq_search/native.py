@@ -20,9 +20,10 @@ import platform
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ FLAGS = (
     # Compilers take half of the registers' width otherwise.
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
+Loaded = TypeVar("Loaded")
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
 
@@ -97,6 +99,11 @@ class NativeLibrary:
         half = values.dtype == torch.bfloat16
         function(half, values.data_ptr(), *[_plain(argument) for argument in arguments])
 
+    def address(self, name: str) -> int:
+        """Return where a function is that `CALLED_BY_GRAPH` of `native.hpp` made."""
+        function = getattr(self._library, f"{name}_by_words")
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+
     @cached_property
     def _library(self) -> ctypes.CDLL | None:
         """The library, built where that is needed; None, after a warning, where that fails.
@@ -104,18 +111,8 @@ class NativeLibrary:
         Raises:
             QuantizerError: It fails, and `ADQ_SEARCH_COMPILE=native` asks for it.
         """
-        try:
-            library = ctypes.CDLL(str(self.build()))
-        except (OSError, subprocess.CalledProcessError) as error:
-            detail = str(getattr(error, "stderr", "") or error).strip().splitlines()[:1]
-            msg = (
-                f"The C++ passes of training cannot be built ({type(error).__name__}: {detail}), "
-                "so quantized training is slower. Install a C++ compiler with OpenMP (or name one "
-                "in CXX), or set ADQ_SEARCH_COMPILE=off to hide this."
-            )
-            if compile_mode() == "native":
-                raise QuantizerError(msg) from error
-            warnings.warn(msg, AdqSearchWarning, stacklevel=2)
+        library = loaded(lambda: ctypes.CDLL(str(self.build())))
+        if library is None:
             return None
         for name, signature in self.signatures.items():
             function = getattr(library, name)
@@ -125,32 +122,66 @@ class NativeLibrary:
 
     def build(self) -> Path:
         """Return the library of this source, compiler and processor; build it if there is none."""
-        compiler = os.environ.get("CXX", "c++")
-        asked = [compiler, *FLAGS, *(f"-I{header.parent}" for header in self.headers)]
-        # The macros tell the compiler's version and what -march=native stands for here.
-        macros = subprocess.run(
-            [*asked, "-dM", "-E", "-x", "c++", os.devnull],
-            capture_output=True,
-            text=True,
-            check=True,
+        return build(self.source, self.headers, FLAGS)
+
+
+def loaded(load: Callable[[], Loaded]) -> Loaded | None:
+    """Return what a library's building and loading returns; None, after a warning, where it fails.
+
+    Raises:
+        QuantizerError: It fails, and `ADQ_SEARCH_COMPILE=native` asks for it.
+    """
+    try:
+        return load()
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = str(getattr(error, "stderr", "") or error).strip().splitlines()[:1]
+        msg = (
+            f"The C++ passes of training cannot be built ({type(error).__name__}: {detail}), "
+            "so quantized training is slower. Install a C++ compiler with OpenMP (or name one "
+            "in CXX), or set ADQ_SEARCH_COMPILE=off to hide this."
         )
-        written = [file.read_text() for file in (self.source, *self.headers)]
-        content = [*written, compiler, *FLAGS, macros.stdout]
-        key = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        built = Path(home) / "adq_search" / f"{self.source.stem}-{key}.so"
-        if not built.exists():
-            built.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-                draft = Path(folder) / built.name
-                subprocess.run(
-                    [*asked, "-o", str(draft), str(self.source)],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                )
-                draft.replace(built)
-        return built
+        if compile_mode() == "native":
+            raise QuantizerError(msg) from error
+        warnings.warn(msg, AdqSearchWarning, stacklevel=2)
+        return None
+
+
+def build(source: Path, headers: Sequence[Path], flags: Sequence[str]) -> Path:
+    """Return the library of a source, for this compiler and processor; build it if there is none.
+
+    Args:
+        source: In C++.
+        headers: What it includes of ours.
+        flags: Of the compiler; those that begin with `-l` or `-L` stand behind the source.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    links = [flag for flag in flags if flag.startswith(("-l", "-L"))]
+    own = [flag for flag in flags if flag not in links]
+    asked = [compiler, *own, *(f"-I{folder}" for folder in sorted({h.parent for h in headers}))]
+    # The macros tell the compiler's version and what -march=native stands for here.
+    macros = subprocess.run(
+        [*asked, "-dM", "-E", "-x", "c++", os.devnull],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    written = [file.read_text() for file in (source, *headers)]
+    content = [*written, compiler, *flags, macros.stdout]
+    key = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    built = Path(home) / "adq_search" / f"{source.stem}-{key}.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+            draft = Path(folder) / built.name
+            subprocess.run(
+                [*asked, "-o", str(draft), str(source), *links],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            draft.replace(built)
+    return built
 
 
 def layout_of(tensor: Tensor) -> torch.memory_format | None:

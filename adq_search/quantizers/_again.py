@@ -7,39 +7,50 @@ that size for every layer; making it again from the float input costs one pass o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 
 #: Smaller tensors are kept: making them again takes more time than memory is worth.
 KEPT_BELOW = 2**17
+
+Maker = Callable[[], Tensor]
+
+
+def mark_made(values: Tensor, make: Maker) -> Tensor:
+    """Say how what a quantizer returned is made again; return it."""
+    if not torch.compiler.is_compiling():
+        # Tensors take attributes, of which torch's annotations know nothing.
+        values.made_by = make  # type: ignore[attr-defined]
+    return values
 
 
 def made_again(values: Tensor) -> AbstractContextManager[object]:
     """While this lasts, operations on `values` save the way to make it instead of the tensor.
 
     Args:
-        values: What a quantizer returned. Its graph node says how it is made again (`again`);
-            without that everything is saved as usual, and `torch.compile` decides for itself.
+        values: What a quantizer returned. Without a mark (`mark_made`) everything is saved as
+            usual; `torch.compile` decides for itself.
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    node = values.grad_fn
-    if values.numel() < KEPT_BELOW or not hasattr(node, "again"):
+    make: Maker | None = getattr(values, "made_by", None)
+    if values.numel() < KEPT_BELOW or make is None:
         return nullcontext()
     place, n_values = values.data_ptr(), values.numel()
 
-    def pack(saved: Tensor) -> Tensor | tuple[Node, torch.Size]:
+    def pack(saved: Tensor) -> Tensor | tuple[Maker, torch.Size]:
         is_whole = saved.data_ptr() == place and saved.numel() == n_values
-        return (node, saved.shape) if is_whole and node is not None else saved
+        return (make, saved.shape) if is_whole else saved
 
-    def unpack(packed: Tensor | tuple[Node, torch.Size]) -> Tensor:
+    def unpack(packed: Tensor | tuple[Maker, torch.Size]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         maker, shape = packed
         with torch.no_grad():
-            return maker.again(maker).reshape(shape)  # type: ignore[attr-defined, no-any-return]
+            return maker().reshape(shape)
 
     return saved_tensors_hooks(pack, unpack)

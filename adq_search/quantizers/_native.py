@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adq_search.native import NativeLibrary, laid_out_as
+from adq_search.native_function import NativeFunction
 
 #: The quantizers' arithmetic, for other passes too.
 BLOCKS, INTERVALS, ADAPTER = (
@@ -28,13 +29,98 @@ LIBRARY = NativeLibrary(
         "thresholds": "lppplppppll",
         "thresholds_again": "lpppppll",
         "thresholds_backward": "lpppppplppffppll",
-        "used_intervals": "lpppplffp",
+        "follow": "lpppl",
+        "used_intervals": "lpppplffpppppp",
         "interval_gradients": "lpppplffppppp",
         "adapted_steps": "lppfppppfpppplllll",
         "adapted_steps_backward": "lpppfpfppfppppppppplllll",
     },
 )
 takes = LIBRARY.takes
+
+#: `uniform` with the gradients to the values and to the raw steps.
+UNIFORM = NativeFunction(
+    LIBRARY,
+    inputs="values raw qmin qmax",
+    numbers="by_row smallest ranged scale rows columns threads",
+    rooms={"out": "like values"},
+    outputs="out",
+    forward=["uniform values raw by_row smallest qmin qmax ranged out rows columns threads"],
+    backward=[
+        "uniform_backward values upstream_out raw by_row smallest qmin qmax ranged scale"
+        " none none none grad_values grad_raw rows columns threads"
+    ],
+)
+#: `clipped` with the gradients to the values and to the raw thresholds.
+CLIPPED = NativeFunction(
+    LIBRARY,
+    inputs="values raw levels",
+    numbers="by_row smallest n_levels scale rows columns threads",
+    rooms={"out": "like values"},
+    outputs="out",
+    forward=["clipped values raw by_row smallest levels n_levels out rows columns threads"],
+    backward=[
+        "clipped_backward values upstream_out raw by_row smallest levels n_levels scale"
+        " grad_values grad_raw rows columns threads"
+    ],
+)
+
+_FOLLOWED = "weights codebook momentum", "n_levels twice n_weights threads"
+#: `codebook`, whose gradient passes to the weights unchanged.
+CODEBOOK = NativeFunction(
+    LIBRARY,
+    inputs=_FOLLOWED[0],
+    numbers=_FOLLOWED[1],
+    rooms={"out": "like weights", "sums": "floats twice"},
+    outputs="out",
+    forward=["codebook weights codebook n_levels out sums n_weights threads"],
+    passed={"weights": "out"},
+)
+#: The same; then the codebook follows the weights.
+FOLLOWING_CODEBOOK = NativeFunction(
+    LIBRARY,
+    inputs=_FOLLOWED[0],
+    numbers=_FOLLOWED[1],
+    rooms={"out": "like weights", "sums": "floats twice"},
+    outputs="out",
+    forward=[
+        "codebook weights codebook n_levels out sums n_weights threads",
+        "follow codebook sums momentum n_levels",
+    ],
+    passed={"weights": "out"},
+)
+#: N2UQ's parameters as they are used, for a forward and a backward pass.
+USED_INTERVALS = (
+    "used_intervals start widths in_scale out_scale n_cuts narrowest smallest"
+    " a knots cuts slopes beta step"
+)
+INTERVAL_ROOMS = {
+    **{"a": "floats n_cuts", "knots": "floats n_knots", "cuts": "floats n_cuts"},
+    **{"slopes": "floats n_knots", "beta": "floats", "step": "floats"},
+    "sums": "floats n_sums",
+}
+INTERVAL_NUMBERS = "n_cuts n_knots n_sums narrowest smallest"
+INTERVAL_GRADIENTS = (
+    "interval_gradients start widths in_scale out_scale n_cuts narrowest smallest sums"
+    " grad_start grad_widths grad_in_scale grad_out_scale"
+)
+#: `thresholds` with all gradients, from the trained parameters.
+THRESHOLDS = NativeFunction(
+    LIBRARY,
+    inputs="values qmin start widths in_scale out_scale",
+    numbers=f"{INTERVAL_NUMBERS} n_values threads",
+    rooms={"out": "like values", "index": "bytes like values", **INTERVAL_ROOMS},
+    outputs="out index",
+    forward=[
+        USED_INTERVALS,
+        "thresholds values beta cuts n_cuts step qmin out index n_values threads",
+    ],
+    backward=[
+        "thresholds_backward values upstream_out index beta knots slopes n_knots qmin"
+        " none none none grad_values sums n_values threads",
+        INTERVAL_GRADIENTS,
+    ],
+)
 
 
 class Beside(NamedTuple):
@@ -98,7 +184,17 @@ def uniform_backward(
     return grad_values, grad_raw
 
 
-def clipped(values: Tensor, raw: Tensor, smallest: float, unit_levels: Tensor) -> Tensor:
+def uniform_through(
+    values: Tensor, raw: Tensor, qmin: Tensor, qmax: Tensor, smallest: float, scale: float
+) -> Tensor:
+    """Return `uniform` with its gradients, that to `raw` times `scale`."""
+    numbers = (raw.numel() > 1, smallest, qmin.numel() > 1, scale, *_sizes(values, raw))
+    return UNIFORM((values, raw, qmin, qmax), numbers)[0]
+
+
+def clipped_through(
+    values: Tensor, raw: Tensor, smallest: float, unit_levels: Tensor, scale: float
+) -> Tensor:
     """Return the nearest of `alpha * unit_levels` for alpha = max(|raw|, smallest).
 
     Args:
@@ -106,32 +202,27 @@ def clipped(values: Tensor, raw: Tensor, smallest: float, unit_levels: Tensor) -
         raw: One threshold, or one for each entry of the first dimension.
         smallest: Least threshold in use.
         unit_levels: Sorted, # shape: (levels,)
+        scale: Of the gradient to `raw`.
     """
-    out = torch.empty_like(values)
-    LIBRARY.call(
-        "clipped",
-        *(values, raw, raw.numel() > 1, smallest, unit_levels, unit_levels.numel()),
-        *(out, *_sizes(values, raw)),
-    )
-    return out
+    numbers = (raw.numel() > 1, smallest, unit_levels.numel(), scale, *_sizes(values, raw))
+    return CLIPPED((values, raw, unit_levels), numbers)[0]
 
 
-def clipped_backward(
-    values: Tensor,
-    upstream: Tensor,
-    raw: Tensor,
-    smallest: float,
-    unit_levels: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients to `values` and to `raw`, the latter times `scale`."""
-    grad_values, grad_raw = torch.empty_like(values), torch.empty_like(raw)
-    LIBRARY.call(
-        "clipped_backward",
-        *(values, laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
-        *(unit_levels, unit_levels.numel(), scale, grad_values, grad_raw, *_sizes(values, raw)),
-    )
-    return grad_values, grad_raw
+def codebook_through(
+    weights: Tensor, codebook: Tensor, momentum: Tensor, *, follows: bool
+) -> Tensor:
+    """Return the nearest level of every weight; the gradient passes unchanged.
+
+    Args:
+        weights: Any shape.
+        codebook: Sorted levels, # shape: (levels,)
+        momentum: m, # shape: ()
+        follows: Move the codebook afterwards, as `moved_codebook` says.
+    """
+    n = codebook.numel()
+    function = FOLLOWING_CODEBOOK if follows else CODEBOOK
+    numbers = (n, 2 * n, weights.numel(), _threads())
+    return function((weights, codebook, momentum), numbers)[0]
 
 
 def codebook(weights: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,6 +241,23 @@ def codebook(weights: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         *(weights, levels, levels.numel(), out, sums, weights.numel(), _threads()),
     )
     return out, sums[0], sums[1]
+
+
+def thresholds_through(
+    values: Tensor, qmin: Tensor, trained: Sequence[Tensor], narrowest: float, smallest: float
+) -> tuple[Tensor, Tensor]:
+    """Return N2UQ's levels, with all gradients, and how many thresholds lie below, as one byte.
+
+    Args:
+        values: Any shape.
+        qmin: Code of the lowest level, # shape: ()
+        trained: Start, widths and scales, as `used_intervals` takes them.
+        narrowest: Least width in use.
+        smallest: Least scale in use.
+    """
+    numbers = interval_numbers(trained[1], narrowest, smallest)
+    out, index = THRESHOLDS((values, qmin, *trained), (*numbers, values.numel(), _threads()))
+    return out, index
 
 
 def thresholds(
@@ -226,10 +334,17 @@ def used_intervals(trained: Sequence[Tensor], narrowest: float, smallest: float)
     """
     start, widths, *scales = trained
     m = widths.numel()
-    out = widths.new_empty(4 * m + 4)
-    LIBRARY.call("used_intervals", start, widths, *scales, m, narrowest, smallest, out)
-    a, knots, cuts, slopes, ends = out.split((m, m + 1, m, m + 1, 2))
-    return [a, ends[0], ends[1], knots, cuts, slopes]
+    a, knots, cuts, slopes = (widths.new_empty(n) for n in (m, m + 1, m, m + 1))
+    beta, step = widths.new_empty(2)
+    used = (a, knots, cuts, slopes, beta, step)
+    LIBRARY.call("used_intervals", start, widths, *scales, m, narrowest, smallest, *used)
+    return [a, beta, step, knots, cuts, slopes]
+
+
+def interval_numbers(widths: Tensor, narrowest: float, smallest: float) -> tuple[float, ...]:
+    """Return `INTERVAL_NUMBERS`."""
+    m = widths.numel()
+    return m, m + 1, 2 * m + 3, narrowest, smallest
 
 
 def interval_gradients(

@@ -15,6 +15,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adq_search.quantizers import _native
+from adq_search.quantizers._again import mark_made
 from adq_search.quantizers._calibration import EPS, computing_dtype
 from adq_search.quantizers._compile import Kernel, compiles
 from adq_search.quantizers._intervals import interval_entry, interval_sums, padded, rank
@@ -59,7 +61,12 @@ def thresholds_through(
     Returns:
         Quantized values, in the dtype of `values`.
     """
-    return _Thresholds.apply(values, qmin, start, widths, in_scale, out_scale)  # type: ignore[no-any-return]
+    trained = (start, widths, in_scale, out_scale)
+    if _native.takes(values, qmin, *trained):
+        out, index = _native.thresholds_through(values, qmin, trained, MIN_WIDTH, EPS)
+    else:
+        out, index = _Thresholds.apply(values, qmin, *trained)
+    return mark_made(out, partial(_levels_again, values, index, qmin, trained))
 
 
 def threshold_index(values: Tensor, start: Tensor, widths: Tensor, in_scale: Tensor) -> Tensor:
@@ -128,58 +135,46 @@ class _Thresholds(Function):
     """[Liu2022] Eqs. 8-10 (the generalized straight-through estimator), summed by interval."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, n: Tensor, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, n: Tensor, *trained: Tensor) -> tuple[Tensor, Tensor]:
         used = used_intervals(*trained)
         thresholds = used.thresholds.to(computing_dtype(x, used.a))
-        ctx.is_native = _native.takes(x, thresholds, used.beta_1, used.step, n)
-        ctx.again = _levels_again
-        if ctx.is_native:
-            out, index = _native.thresholds(x, used.beta_1, thresholds, used.step, n)
-        else:
-            order = row_order(x)
-            rows, index = _quantize(
-                to_rows(x, order),
-                padded(thresholds),
-                used.beta_1,
-                used.step,
-                n,
-                compiled=compiles(x),
-            )
-            out = from_rows(rows, x, order)
+        order = row_order(x)
+        rows, index = _quantize(
+            to_rows(x, order),
+            padded(thresholds),
+            used.beta_1,
+            used.step,
+            n,
+            compiled=compiles(x),
+        )
         # One byte an element spares the backward pass a second search.
         ctx.save_for_backward(x, n, index, *trained, *used)
-        return out
+        ctx.mark_non_differentiable(index)
+        return from_rows(rows, x, order), index
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, n, index, *rest = ctx.saved_tensors
         trained, used = rest[:4], Intervals(*rest[4:])
-        if ctx.is_native:
-            grad_x, sums = _native.thresholds_backward(
-                x, gradients[0], index, used.beta_1, used.knots, used.slopes, n
-            )
-        else:
-            order, dtype, n_knots = row_order(x), computing_dtype(x, used.a), len(used.knots)
-            rows, within, distance, r_code = _gradients(
-                to_rows(x, order),
-                to_rows(gradients[0], order),
-                index,
-                used.beta_1,
-                padded(used.knots.to(dtype)),
-                padded(used.slopes.to(dtype), 0.0, like=used.knots),
-                n,
-                compiled=compiles(x),
-            )
-            grad_x = from_rows(rows, x, order)
-            sums = torch.cat([within[:n_knots], distance[:n_knots], r_code.view(1)])
-        return grad_x, None, *used.gradients(sums, trained)
+        order, dtype, n_knots = row_order(x), computing_dtype(x, used.a), len(used.knots)
+        rows, within, distance, r_code = _gradients(
+            to_rows(x, order),
+            to_rows(gradients[0], order),
+            index,
+            used.beta_1,
+            padded(used.knots.to(dtype)),
+            padded(used.slopes.to(dtype), 0.0, like=used.knots),
+            n,
+            compiled=compiles(x),
+        )
+        sums = torch.cat([within[:n_knots], distance[:n_knots], r_code.view(1)])
+        return from_rows(rows, x, order), None, *used.gradients(sums, trained)
 
 
-def _levels_again(ctx: Any) -> Tensor:
-    x, n, index, *rest = ctx.saved_tensors
-    step = Intervals(*rest[4:]).step
-    if ctx.is_native:
+def _levels_again(x: Tensor, index: Tensor, n: Tensor, trained: Sequence[Tensor]) -> Tensor:
+    step = used_intervals(*trained).step
+    if _native.takes(x, step, n):
         return _native.thresholds_again(x, index, step, n)
     order = row_order(x)
     rows = _levels(to_rows(x, order), index, step, n, compiled=compiles(x))

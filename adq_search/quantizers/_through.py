@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from adq_search.quantizers import _native
+from adq_search.quantizers._again import mark_made
 from adq_search.quantizers._calibration import EPS, computing_dtype
 from adq_search.quantizers._compile import Kernel, compiles
 from adq_search.quantizers._nearest import nearest_level, nearest_tables
@@ -76,7 +78,15 @@ def uniform_through(
     Returns:
         `clip(round(values / step), qmin, qmax) * step`, in the dtype of `values`.
     """
-    return _Uniform.apply(values, step, qmin, qmax, n_features)  # type: ignore[no-any-return]
+    parameters = (step, qmin, qmax)
+    if _native.takes(values, *parameters):
+        smallest, scale = 0.0, 1.0
+        if n_features is not None:
+            smallest, scale = EPS, lsq_gradient_factor(qmax, n_features)
+        out = _native.uniform_through(values, *parameters, smallest, scale)
+    else:
+        out = _Uniform.apply(values, *parameters, n_features)
+    return mark_made(out, partial(uniform_values, values, *parameters, n_features))
 
 
 def uniform_integers(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
@@ -100,6 +110,8 @@ def clipped_through(
     Returns:
         Quantized values, in the dtype of `values`.
     """
+    if _native.takes(values, threshold, unit_levels):
+        return _native.clipped_through(values, threshold, EPS, unit_levels, gradient_scale)
     return _Clipped.apply(values, threshold, unit_levels, gradient_scale)  # type: ignore[no-any-return]
 
 
@@ -128,7 +140,6 @@ class _Uniform(Function):
     ) -> Tensor:
         ctx.save_for_backward(v, raw, n, p)
         ctx.n_features = n_features
-        ctx.again = _uniform_again
         return uniform_values(v, raw, n, p, n_features)
 
     @staticmethod
@@ -137,11 +148,6 @@ class _Uniform(Function):
         v, raw, n, p = ctx.saved_tensors
         grad_v, grad_raw = uniform_gradients(v, gradients[0], raw, n, p, ctx.n_features)
         return grad_v, grad_raw, None, None, None
-
-
-def _uniform_again(ctx: Any) -> Tensor:
-    v, raw, n, p = ctx.saved_tensors
-    return uniform_values(v, raw, n, p, ctx.n_features)
 
 
 def uniform_values(v: Tensor, raw: Tensor, n: Tensor, p: Tensor, n_features: int | None) -> Tensor:
@@ -235,9 +241,6 @@ class _Clipped(Function):
     ) -> Tensor:
         ctx.save_for_backward(v, raw, unit_levels)
         ctx.gradient_scale = gradient_scale
-        ctx.is_native = _native.takes(v, raw, unit_levels)
-        if ctx.is_native:
-            return _native.clipped(v, raw, EPS, unit_levels)
         alpha = _used(raw, EPS)
         tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
         if _as_it_lies(v):
@@ -251,11 +254,6 @@ class _Clipped(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v, raw, unit_levels = ctx.saved_tensors
-        if ctx.is_native:
-            grad_v, grad_raw = _native.clipped_backward(
-                v, gradients[0], raw, EPS, unit_levels, ctx.gradient_scale
-            )
-            return grad_v, grad_raw, None, None
         alpha = _used(raw, EPS)
         tables = nearest_tables(unit_levels.to(computing_dtype(v, alpha)))
         if _as_it_lies(v):

@@ -91,6 +91,9 @@ class AdqWeight(WeightQuantizer):
         return quantile(magnitudes.unsqueeze(0), shares / (self._n_side + spacing))[0]
 
     def _quantize(self, values: Tensor) -> Tensor:
+        parameters = (self.codebook, self.momentum)
+        if _native.takes(values, *parameters):
+            return _native.codebook_through(values, *parameters, follows=self.training)
         with torch.no_grad():
             quantized, sums, counts = snapped(values.detach(), self.codebook)
             if self.training:

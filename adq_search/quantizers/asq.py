@@ -14,6 +14,7 @@ through the adapter. N in that scale counts the features of one sample (see `lsq
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from adq_search.policy import OptionValue
 from adq_search.quantizers import _native
+from adq_search.quantizers._again import mark_made
 from adq_search.quantizers._base import INPUT_QUANTIZERS, InputQuantizer
 from adq_search.quantizers._calibration import (
     EPS,
@@ -218,8 +220,9 @@ class AsqInput(InputQuantizer):
 
     def _quantize(self, values: Tensor) -> Tensor:
         if self.is_adaptive and not torch.compiler.is_compiling():
-            parameters = self.adapter.parameters()
-            return _Adaptive.apply(values, self.step, self, *parameters)  # type: ignore[no-any-return]
+            out, steps = _Adaptive.apply(values, self.step, self, *self.adapter.parameters())
+            again = partial(uniform_values, values, steps, self.qmin, self.qmax, None)
+            return mark_made(out, again)
         n = n_features(values, self._sample_shape(values))
         step = positive_step(self.step, lsq_gradient_scale(self.qmax, n))
         step = step * self.factors(values)
@@ -247,13 +250,15 @@ class _Adaptive(Function):
     """Eqs. 4-9 in two passes over memory a direction, where autograd alone would take six."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, raw: Tensor, quantizer: AsqInput, *_: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, raw: Tensor, quantizer: AsqInput, *_: Tensor
+    ) -> tuple[Tensor, Tensor]:
         steps, *parts = quantizer.adapted_steps(quantizer.channel_means(values))
         s_a = steps.view(quantizer._sample_shape(values))
         ctx.save_for_backward(values, s_a, quantizer.qmin, quantizer.qmax, raw, *parts)
         ctx.quantizer = quantizer
-        ctx.again = _adaptive_again
-        return uniform_values(values, s_a, quantizer.qmin, quantizer.qmax, None)
+        ctx.mark_non_differentiable(s_a)
+        return uniform_values(values, s_a, quantizer.qmin, quantizer.qmax, None), s_a
 
     @staticmethod
     @once_differentiable
@@ -265,8 +270,3 @@ class _Adaptive(Function):
         )
         ctx.quantizer.add_mean_gradient_(grad_values, to_means)
         return grad_values, grad_raw, None, *to_parameters
-
-
-def _adaptive_again(ctx: Any) -> Tensor:
-    values, s_a, n, p, *_ = ctx.saved_tensors
-    return uniform_values(values, s_a, n, p, None)

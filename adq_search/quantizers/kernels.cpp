@@ -225,21 +225,22 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
 
 // ---- Parameters of the passes, small as they are: one call instead of dozens of tensor operations ----
 
-// N2UQ's parameters as they are used, # shape: widths (m,), knots (m + 1,), cuts (m,), slopes
-// (m + 1,), then beta_1 and the step. `half` is never set, here and below.
+// N2UQ's m widths as they are used, m + 1 knots, m cuts, m + 1 slopes, beta_1 and the step. `half` is
+// never set, here and below.
 extern "C" void used_intervals(long, const void* start, const float* widths, const float* in_scale,
                                const float* out_scale, long m, float narrowest, float smallest,
-                               float* out) {
+                               float* a, float* knots, float* cuts, float* slopes, float* beta,
+                               float* step) {
     const int64_t count = m;
     const Trained trained = {static_cast<const float*>(start), widths, in_scale, out_scale,
                              &count, m, narrowest, smallest};
     const Used used(trained, 0);
-    out = std::copy(used.a.begin(), used.a.end(), out);
-    out = std::copy(used.knots.begin(), used.knots.end(), out);
-    out = std::copy(used.cuts.begin(), used.cuts.end(), out);
-    out = std::copy(used.slopes.begin(), used.slopes.end(), out);
-    out[0] = used.beta;
-    out[1] = used.step;
+    std::copy(used.a.begin(), used.a.end(), a);
+    std::copy(used.knots.begin(), used.knots.end(), knots);
+    std::copy(used.cuts.begin(), used.cuts.end(), cuts);
+    std::copy(used.slopes.begin(), used.slopes.end(), slopes);
+    *beta = used.beta;
+    *step = used.step;
 }
 
 // `sums`: as `thresholds_backward` finds them.
@@ -252,6 +253,16 @@ extern "C" void interval_gradients(long, const void* start, const float* widths,
     const Trained trained = {static_cast<const float*>(start), widths, in_scale, out_scale,
                              &count, m, narrowest, smallest};
     Used(trained, 0).gradients(trained, 0, sums, grad_start, grad_widths, grad_in, grad_out);
+}
+
+// Moves a codebook towards the means of its levels' weights; the middle level stays. `sums`: as
+// `codebook` finds them. The arithmetic is that of `moved_codebook` of `adq.py`.
+extern "C" void follow(long, void* levels, const float* sums, const float* momentum, long n_levels) {
+    float* level = static_cast<float*>(levels);
+    for (long k = 0; k < n_levels; ++k) {
+        const float count = sums[n_levels + k], mean = sums[k] / (count < 1.0f ? 1.0f : count);
+        level[k] += k == n_levels / 2 ? 0.0f : mean * (1.0f - *momentum);
+    }
 }
 
 // See `adapter.hpp`.
@@ -276,3 +287,14 @@ extern "C" void adapted_steps_backward(
                       grad_hidden_bias, grad_output, grad_output_bias, slots, samples, channels,
                       width, threads);
 }
+
+CALLED_BY_GRAPH(uniform)
+CALLED_BY_GRAPH(uniform_backward)
+CALLED_BY_GRAPH(clipped)
+CALLED_BY_GRAPH(clipped_backward)
+CALLED_BY_GRAPH(codebook)
+CALLED_BY_GRAPH(follow)
+CALLED_BY_GRAPH(used_intervals)
+CALLED_BY_GRAPH(thresholds)
+CALLED_BY_GRAPH(thresholds_backward)
+CALLED_BY_GRAPH(interval_gradients)
