@@ -115,11 +115,12 @@ struct Program {
     Pass forward, backward;
     // What each gradient of an output is laid out as, and the gradient of each input; less than 0
     // for none.
-    std::vector<int64_t> outputs, layouts, kept, gradients;
+    std::vector<int64_t> outputs, is_differentiable, layouts, kept, gradients;
 
     explicit Program(Reader reader)
-        : forward(reader), backward(reader), outputs(reader.numbers()), layouts(reader.numbers()),
-          kept(reader.numbers()), gradients(reader.numbers()) {}
+        : forward(reader), backward(reader), outputs(reader.numbers()),
+          is_differentiable(reader.numbers()), layouts(reader.numbers()), kept(reader.numbers()),
+          gradients(reader.numbers()) {}
     size_t n_forward() const { return gradients.size() + forward.rooms.size(); }
 };
 
@@ -143,8 +144,10 @@ struct Node : torch::autograd::Function<Node> {
         variable_list tensors(inputs.begin(), inputs.end()), kept, out;
         program.forward.run(tensors, given.numbers);
         for (const int64_t i : program.outputs) out.push_back(tensors[i]);
-        for (const Tensor& made : out)
-            if (!made.is_floating_point()) context->mark_non_differentiable({made});
+        variable_list without;
+        for (size_t i = 0; i < out.size(); ++i)
+            if (!program.is_differentiable[i]) without.push_back(out[i]);
+        context->mark_non_differentiable(without);
         for (const int64_t i : program.kept) kept.push_back(tensors[i]);
         context->save_for_backward(kept);
         context->saved_data["program"] = reinterpret_cast<int64_t>(given.program);

@@ -40,12 +40,12 @@ class NativeFunction:
     input X, which the backward pass writes. `none` is no tensor, or 0.
 
     Args:
-        library: Holds the functions.
+        *libraries: Hold the functions; of two of one name, the first one's is called.
         inputs: Names of the tensors that come in.
         numbers: Names of the numbers that come in.
         rooms: Tensors that the passes write, besides gradients to inputs: `like X`, `bytes like X`,
             or `floats N M` for float32, # shape: (N, M), with names of numbers.
-        outputs: Names of those returned; whole numbers have no gradient.
+        outputs: Names of those returned. Only through those whose gradient is used does one flow.
         forward: Its calls.
         backward: Its calls.
         passed: Inputs whose gradient is that of an output, as it comes.
@@ -53,8 +53,7 @@ class NativeFunction:
 
     def __init__(
         self,
-        library: NativeLibrary,
-        *,
+        *libraries: NativeLibrary,
         inputs: str,
         numbers: str,
         rooms: Mapping[str, str],
@@ -63,7 +62,7 @@ class NativeFunction:
         backward: Sequence[str] = (),
         passed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.library = library
+        self._libraries = libraries
         self._inputs = inputs.split()
         self._numbers = {name: i for i, name in enumerate(numbers.split())}
         self.outputs = outputs.split()
@@ -93,6 +92,7 @@ class NativeFunction:
         self.kept = [i for i, name in enumerate(names[:n_forward]) if name in kept]
         self.layouts = [-1 if name is None else self.tensors[name] for name in layouts]
         passing = {f"grad_{name}": f"upstream_{output}" for name, output in passed.items()}
+        self.is_differentiable = [name in needed or name in passing.values() for name in upstream]
         self.gradients = [self.tensors.get(passing.get(name, name), -1) for name in grads]
 
     def __call__(self, inputs: Sequence[Tensor | None], numbers: Sequence[float]) -> list[Tensor]:
@@ -111,10 +111,10 @@ class NativeFunction:
     def _program(self) -> int:
         """Where `native_function.cpp` keeps it, read from integers."""
         outputs = [self.tensors[name] for name in self.outputs]
-        lists = [outputs, self.layouts, self.kept, self.gradients]
+        lists = [outputs, self.is_differentiable, self.layouts, self.kept, self.gradients]
         code = [*self._code(self.made, self.forward), *self._code(self.found, self.backward)]
         for own in lists:
-            code += [len(own), *own]
+            code += [len(own), *map(int, own)]
         return int(torch.ops.adq_search.define(code))
 
     def _code(self, made: Sequence[str], calls: Sequence[Sequence[str]]) -> list[int]:
@@ -125,7 +125,7 @@ class NativeFunction:
         code.append(len(calls))
         for name, *rest in calls:
             arguments = self.arguments(name, rest)
-            code += [self.library.address(name), len(arguments)]
+            code += [self.library(name).address(name), len(arguments)]
             code += [number for argument in arguments for number in argument]
         return code
 
@@ -136,9 +136,13 @@ class NativeFunction:
             return _FLOATS, [self._numbers[size] for size in of]
         return (_BYTES if kind == "bytes" else _LIKE), [self.tensors[of[-1]]]
 
+    def library(self, function: str) -> NativeLibrary:
+        """Return the library that holds a function."""
+        return next(library for library in self._libraries if function in library.signatures)
+
     def arguments(self, function: str, names: Sequence[str]) -> list[tuple[int, int]]:
         """Return kind and place of each argument, the type of the values first; -1 for none."""
-        letters = self.library.signatures[function][1:]
+        letters = self.library(function).signatures[function][1:]
         found = [(_IS_HALF, self.tensors[names[0]])]
         for letter, name in zip(letters, names, strict=True):
             known: Mapping[str, int] = self.tensors if letter == "p" else self._numbers
@@ -188,7 +192,8 @@ class _Interpreted(Function):
         tensors = [*inputs]
         _run(function, function.made, function.forward, tensors, numbers)
         out = [tensors[function.tensors[name]] for name in function.outputs]
-        ctx.mark_non_differentiable(*(one for one in out if not one.is_floating_point()))
+        own = zip(out, function.is_differentiable, strict=True)
+        ctx.mark_non_differentiable(*(one for one, is_one in own if not is_one))
         ctx.save_for_backward(*(tensors[i] for i in function.kept))
         ctx.function, ctx.numbers = function, numbers
         return tuple(out)
@@ -228,4 +233,4 @@ def _run(
             else:
                 number = 0 if i < 0 else numbers[i]
                 given.append(int(number) if kind == _NUMBER else float(number))
-        function.library.call(name, tensors[function.tensors[values]], *given)
+        function.library(name).call(name, tensors[function.tensors[values]], *given)

@@ -12,28 +12,23 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from adq_search.native import NativeLibrary, is_plain, laid_out_as
+from adq_search.native import NativeLibrary, is_plain
+from adq_search.native_function import NativeFunction
 from adq_search.norms._readers import Range
-from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput
+from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput, _native
 from adq_search.quantizers._calibration import EPS
 from adq_search.quantizers._native import ADAPTER, BLOCKS
-from adq_search.quantizers._thresholds import Intervals, used_intervals
+from adq_search.quantizers._thresholds import MIN_WIDTH
 from adq_search.quantizers._through import lsq_gradient_factor
 from adq_search.quantizers.asq import SMALLEST_FACTOR
-
-# torch leaves Function.apply without annotations.
-# mypy: disable-error-code="no-untyped-call"
 
 #: Arguments of each function; see `norms.cpp`.
 LIBRARY = NativeLibrary(
@@ -55,8 +50,99 @@ LIBRARY = NativeLibrary(
 )
 
 
-#: In the place of a hidden layer's weights and biases.
-NO_LAYER = (None, None)
+# A norm, forward and backward: what comes in, what it finds, and how its parts are called.
+_INPUTS = "x weight bias running_mean running_variance"
+_NUMBERS = "follow eps low high pixels channels threads"
+_ROOMS = {"mean": "floats channels", "inverse": "floats channels", "out": "like x"}
+_STATISTICS = (
+    "statistics x running_mean running_variance follow eps mean inverse pixels channels threads"
+)
+_KNOWN = "weight bias mean inverse low high"
+_GRADIENTS = "grad_x grad_weight grad_bias"
+_SIZES = "pixels channels threads"
+
+#: A norm and the clipping behind it.
+CLIPPED = NativeFunction(
+    LIBRARY,
+    inputs=_INPUTS,
+    numbers=_NUMBERS,
+    rooms=_ROOMS,
+    outputs="out",
+    forward=[_STATISTICS, f"clipped x {_KNOWN} out {_SIZES}"],
+    backward=[f"clipped_backward x upstream_out {_KNOWN} {_GRADIENTS} {_SIZES}"],
+)
+#: The same with LSQ behind it.
+UNIFORM = NativeFunction(
+    LIBRARY,
+    inputs=f"{_INPUTS} raw qmin qmax",
+    numbers=f"{_NUMBERS} smallest scale",
+    rooms=_ROOMS,
+    outputs="out",
+    forward=[_STATISTICS, f"uniform x {_KNOWN} raw smallest qmin qmax out {_SIZES}"],
+    backward=[
+        f"uniform_backward x upstream_out {_KNOWN} raw smallest qmin qmax scale"
+        f" {_GRADIENTS} grad_raw {_SIZES}"
+    ],
+)
+#: The same with N2UQ behind it.
+THRESHOLDS = NativeFunction(
+    LIBRARY,
+    _native.LIBRARY,
+    inputs=f"{_INPUTS} qmin {_native.TRAINED}",
+    numbers=f"{_NUMBERS} {_native.INTERVAL_NUMBERS}",
+    rooms={**_ROOMS, "index": "bytes like x", **_native.INTERVAL_ROOMS},
+    outputs="out",
+    forward=[
+        _STATISTICS,
+        _native.USED_INTERVALS,
+        f"thresholds x {_KNOWN} beta cuts n_cuts step qmin out index {_SIZES}",
+    ],
+    backward=[
+        f"thresholds_backward x upstream_out {_KNOWN} index beta knots slopes n_knots qmin"
+        f" {_GRADIENTS} sums {_SIZES}",
+        _native.INTERVAL_GRADIENTS,
+    ],
+)
+_BY_SAMPLE = "width samples sample_pixels channels threads"
+_ADAPTER_NUMBERS = f"smallest least features {_BY_SAMPLE}"
+_ADAPTED = "raw smallest hidden hidden_bias output output_bias least qmin qmax"
+_PULLED = "raw smallest hidden output least qmin qmax features"
+_TO_ADAPTER = "grad_raw grad_hidden grad_hidden_bias grad_output grad_output_bias"
+_FOUND = "means steps beta inner outputs"
+_ADAPTED_ROOMS = {
+    **{name: "floats samples" for name in ("steps", "beta", "outputs")},
+    "means": "floats samples channels",
+    "inner": "floats samples width",
+}
+#: The same with ASQ behind it: a step for each sample, which an adapter finds from means.
+ADAPTIVE = NativeFunction(
+    LIBRARY,
+    inputs=f"{_INPUTS} qmin qmax raw hidden hidden_bias output output_bias",
+    numbers=f"{_NUMBERS} {_ADAPTER_NUMBERS} n_sums",
+    rooms={**_ROOMS, **_ADAPTED_ROOMS, "sums": "floats n_sums"},
+    outputs="out",
+    forward=[
+        _STATISTICS,
+        f"adaptive x {_KNOWN} {_ADAPTED} sums {_FOUND} out {_BY_SAMPLE}",
+    ],
+    backward=[
+        f"adaptive_backward x upstream_out {_KNOWN} {_PULLED} sums {_FOUND}"
+        f" {_GRADIENTS} {_TO_ADAPTER} {_BY_SAMPLE}"
+    ],
+)
+#: A clipping without a norm, and ASQ behind it; what was clipped is returned too.
+RECTIFIED = NativeFunction(
+    LIBRARY,
+    inputs="x qmin qmax raw hidden hidden_bias output output_bias",
+    numbers=f"low high {_ADAPTER_NUMBERS}",
+    rooms={"y": "like x", "out": "like x", **_ADAPTED_ROOMS},
+    outputs="y out steps",
+    forward=[f"rectified x low high {_ADAPTED} y {_FOUND} out {_BY_SAMPLE}"],
+    backward=[
+        f"rectified_backward y upstream_out upstream_y low high {_PULLED} {_FOUND}"
+        f" grad_x {_TO_ADAPTER} {_BY_SAMPLE}"
+    ],
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +163,15 @@ class Norm:
     eps: float
     passes: Range
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return m and 1 / sqrt(v + eps) of each channel, and move the running statistics."""
-        mean, inverse = self.running_mean.new_empty(2, x.shape[1])
-        moved = (self.running_mean, self.running_variance, self.follow, self.eps)
-        LIBRARY.call("statistics", x, *moved, mean, inverse, *_sizes(x))
-        return mean, inverse
+    def inputs(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        """Return `_INPUTS`."""
+        return x, weight, bias, self.running_mean, self.running_variance
+
+    def numbers(self, x: Tensor) -> tuple[float, ...]:
+        """Return `_NUMBERS`."""
+        pixels = x.numel() // x.shape[1]
+        sizes = (pixels, x.shape[1], torch.get_num_threads())
+        return self.follow, self.eps, *self.passes, *sizes
 
 
 def fuses(quantizer: InputQuantizer | None) -> bool:
@@ -108,22 +197,48 @@ def normalized(
         norm: The rest of the norm.
         quantizer: One that `fuses`.
     """
+    inputs, numbers = norm.inputs(x, weight, bias), norm.numbers(x)
     if quantizer is None:
-        return _Clipped.apply(x, weight, bias, norm)  # type: ignore[no-any-return]
-    return QUANTIZED[type(quantizer)](x, weight, bias, norm, quantizer)
+        return CLIPPED(inputs, numbers)[0]
+    return QUANTIZED[type(quantizer)](x, inputs, numbers, quantizer)
 
 
-def _uniform(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, quantizer: LsqInput) -> Tensor:
-    return _Uniform.apply(x, weight, bias, quantizer.step, norm, quantizer)  # type: ignore[no-any-return]
+Given = tuple[Tensor, ...]
+Numbers = tuple[float, ...]
 
 
-def _adaptive(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, quantizer: AsqInput) -> Tensor:
-    trained = (quantizer.step, *quantizer.adapter.parameters())
-    return _Adaptive.apply(x, weight, bias, norm, quantizer, *trained)  # type: ignore[no-any-return]
+def _uniform(x: Tensor, inputs: Given, numbers: Numbers, by: LsqInput) -> Tensor:
+    scale = lsq_gradient_factor(by.qmax, by.n_features(x))
+    return UNIFORM((*inputs, by.step, by.qmin, by.qmax), (*numbers, EPS, scale))[0]
 
 
-def _thresholds(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, by: N2uqInput) -> Tensor:
-    return _Thresholds.apply(x, weight, bias, norm, by.qmin, *by.trained())  # type: ignore[no-any-return]
+def _thresholds(_: Tensor, inputs: Given, numbers: Numbers, by: N2uqInput) -> Tensor:
+    trained = by.trained()
+    used = _native.interval_numbers(trained[1], MIN_WIDTH, EPS)
+    return THRESHOLDS((*inputs, by.qmin, *trained), (*numbers, *used))[0]
+
+
+def _adaptive(x: Tensor, inputs: Given, numbers: Numbers, by: AsqInput) -> Tensor:
+    own = adapter_numbers(x, by)
+    n_sums = 3 * x.shape[0] * x.shape[1]
+    return ADAPTIVE(adapter_inputs(by, *inputs), (*numbers, *own, n_sums))[0]
+
+
+def adapter_inputs(quantizer: AsqInput, *before: Tensor) -> tuple[Tensor | None, ...]:
+    """Return tensors, then range, step and adapter of a quantizer; None for what it lacks."""
+    adapter = quantizer.adapter
+    grid = (quantizer.qmin, quantizer.qmax, quantizer.step)
+    hidden = (
+        (None, None) if adapter.hidden is None else (adapter.hidden.weight, adapter.hidden.bias)
+    )
+    return *before, *grid, *hidden, adapter.output.weight, adapter.output.bias
+
+
+def adapter_numbers(x: Tensor, quantizer: AsqInput) -> Numbers:
+    """Return `_ADAPTER_NUMBERS`."""
+    n, channels, height, width = x.shape
+    sizes = (quantizer.adapter.output.in_features, n, height * width, channels)
+    return EPS, SMALLEST_FACTOR, channels * height * width, *sizes, torch.get_num_threads()
 
 
 #: What quantizes behind a norm, by quantizer.
@@ -132,176 +247,3 @@ QUANTIZED: Mapping[type[Any], Callable[..., Tensor]] = {
     LsqInput: _uniform,
     N2uqInput: _thresholds,
 }
-
-
-class _Clipped(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: Norm) -> Tensor:
-        out, known = torch.empty_like(x), (weight, bias, *norm.statistics(x))
-        LIBRARY.call("clipped", x, *known, *norm.passes, out, *_sizes(x))
-        ctx.save_for_backward(x, *known)
-        ctx.passes = norm.passes
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, *known = ctx.saved_tensors
-        found = [torch.empty_like(values) for values in (x, *known[:2])]
-        upstream = laid_out_as(gradients[0], x)
-        LIBRARY.call("clipped_backward", x, upstream, *known, *ctx.passes, *found, *_sizes(x))
-        return *found, None
-
-
-class _Uniform(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        raw: Tensor,
-        norm: Norm,
-        quantizer: LsqInput,
-    ) -> Tensor:
-        out, known = torch.empty_like(x), (weight, bias, *norm.statistics(x))
-        grid = (raw, quantizer.qmin, quantizer.qmax)
-        ctx.passes, ctx.n_features = norm.passes, quantizer.n_features(x)
-        LIBRARY.call("uniform", x, *known, *norm.passes, *_used(*grid), out, *_sizes(x))
-        ctx.save_for_backward(x, *known, *grid)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, *known, raw, qmin, qmax = ctx.saved_tensors
-        found = [torch.empty_like(values) for values in (x, *known[:2], raw)]
-        LIBRARY.call(
-            "uniform_backward",
-            x,
-            laid_out_as(gradients[0], x),
-            *known,
-            *ctx.passes,
-            *_used(raw, qmin, qmax),
-            lsq_gradient_factor(qmax, ctx.n_features),
-            *found,
-            *_sizes(x),
-        )
-        return *found, None, None
-
-
-class _Thresholds(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        norm: Norm,
-        n: Tensor,
-        *trained: Tensor,
-    ) -> Tensor:
-        out, index = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
-        known = (weight, bias, *norm.statistics(x))
-        used = used_intervals(*trained)
-        levels = (used.beta_1, used.thresholds, used.a.numel(), used.step, n)
-        LIBRARY.call("thresholds", x, *known, *norm.passes, *levels, out, index, *_sizes(x))
-        ctx.save_for_backward(x, *known, n, index, *trained, *used)
-        ctx.passes = norm.passes
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *known), (n, index), trained, rest = split(ctx.saved_tensors, 5, 2, 4)
-        used = Intervals(*rest)
-        n_knots = used.knots.numel()
-        sums = used.knots.new_empty(2 * n_knots + 1)
-        found = [torch.empty_like(values) for values in (x, *known[:2])]
-        LIBRARY.call(
-            "thresholds_backward",
-            x,
-            laid_out_as(gradients[0], x),
-            *known,
-            *ctx.passes,
-            *(index, used.beta_1, used.knots, used.slopes, n_knots, n),
-            *found,
-            sums,
-            *_sizes(x),
-        )
-        return *found, None, None, *used.gradients(sums, trained)
-
-
-class _Adaptive(Function):
-    """As `_Uniform`, with a step s_a for each sample that an adapter finds from means of y."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        norm: Norm,
-        quantizer: AsqInput,
-        raw: Tensor,
-        *adapter: Tensor,
-    ) -> Tensor:
-        out, known, sizes = torch.empty_like(x), (weight, bias, *norm.statistics(x)), by_sample(x)
-        n, n_channels = x.shape[:2]
-        sums, (steps, beta, outputs) = weight.new_empty(4, n, n_channels), weight.new_empty(3, n)
-        *hidden, output, output_bias = adapter
-        width = output.shape[-1]
-        inner = weight.new_empty(n, width) if hidden else None
-        LIBRARY.call(
-            "adaptive",
-            *(x, *known, *norm.passes, raw, EPS, *(hidden or NO_LAYER), output, output_bias),
-            *(SMALLEST_FACTOR, quantizer.qmin, quantizer.qmax),
-            *(sums, sums[3], steps, beta, inner, outputs, out, width, *sizes),
-        )
-        saved = (quantizer.qmin, quantizer.qmax, sums, steps, beta, inner, outputs)
-        ctx.save_for_backward(x, *known, *saved, raw, *adapter)
-        ctx.passes = norm.passes
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *known), (*grid, sums, steps, beta, inner, outputs), (raw,), adapter = split(
-            ctx.saved_tensors, 5, 7, 1
-        )
-        found = [torch.empty_like(values) for values in (x, *known[:2], raw, *adapter)]
-        *hidden, output, _ = adapter
-        given: list[Tensor | float | None] = [
-            *(laid_out_as(gradients[0], x), *known, *ctx.passes, raw, EPS),
-            *(hidden[:1] or NO_LAYER[:1]),
-            output,
-            SMALLEST_FACTOR,
-            *grid,
-            x[0].numel(),
-            *(sums, sums[3], steps, beta, inner, outputs),
-        ]
-        wanted: list[Tensor | None] = [*found[:4], *(() if hidden else NO_LAYER), *found[4:]]
-        LIBRARY.call("adaptive_backward", x, *given, *wanted, output.shape[-1], *by_sample(x))
-        return *found[:3], None, None, *found[3:]
-
-
-def split(saved: tuple[Tensor, ...], *sizes: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield as many tensors as each size says, then the rest."""
-    rest = iter(saved)
-    for size in sizes:
-        yield tuple(islice(rest, size))
-    yield tuple(rest)
-
-
-def by_sample(x: Tensor) -> tuple[int, int, int, int]:
-    """Samples, pixels of one, channels, threads."""
-    return x.shape[0], x[0, 0].numel(), x.shape[1], torch.get_num_threads()
-
-
-def _used(raw: Tensor, qmin: Tensor, qmax: Tensor) -> tuple[Tensor | float, ...]:
-    return raw, EPS, qmin, qmax
-
-
-def _sizes(x: Tensor) -> tuple[int, int, int]:
-    """Pixels, channels, threads."""
-    return x.numel() // x.shape[1], x.shape[1], torch.get_num_threads()

@@ -285,3 +285,15 @@ extern "C" void rectified_backward(
         });
     });
 }
+
+CALLED_BY_GRAPH(statistics)
+CALLED_BY_GRAPH(clipped)
+CALLED_BY_GRAPH(clipped_backward)
+CALLED_BY_GRAPH(uniform)
+CALLED_BY_GRAPH(uniform_backward)
+CALLED_BY_GRAPH(thresholds)
+CALLED_BY_GRAPH(thresholds_backward)
+CALLED_BY_GRAPH(adaptive)
+CALLED_BY_GRAPH(adaptive_backward)
+CALLED_BY_GRAPH(rectified)
+CALLED_BY_GRAPH(rectified_backward)

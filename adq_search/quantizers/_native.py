@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ LIBRARY = NativeLibrary(
         "clipped_backward": "lppplfplfpplll",
         "codebook": "lpplppll",
         "thresholds": "lppplppppll",
+        "rectified_uniform": "lpffpfpppplll",
+        "rectified_thresholds": "lpffpplpppppll",
         "thresholds_again": "lpppppll",
         "thresholds_backward": "lpppppplppffppll",
         "follow": "lpppl",
@@ -38,6 +40,7 @@ LIBRARY = NativeLibrary(
 )
 takes = LIBRARY.takes
 
+# Functions with all their gradients.
 #: `uniform` with the gradients to the values and to the raw steps.
 UNIFORM = NativeFunction(
     LIBRARY,
@@ -89,11 +92,9 @@ FOLLOWING_CODEBOOK = NativeFunction(
     ],
     passed={"weights": "out"},
 )
-#: N2UQ's parameters as they are used, for a forward and a backward pass.
-USED_INTERVALS = (
-    "used_intervals start widths in_scale out_scale n_cuts narrowest smallest"
-    " a knots cuts slopes beta step"
-)
+#: N2UQ's trained parameters; as they are used; their gradients. For norms too.
+TRAINED = "start widths in_scale out_scale"
+USED_INTERVALS = f"used_intervals {TRAINED} n_cuts narrowest smallest a knots cuts slopes beta step"
 INTERVAL_ROOMS = {
     **{"a": "floats n_cuts", "knots": "floats n_knots", "cuts": "floats n_cuts"},
     **{"slopes": "floats n_knots", "beta": "floats", "step": "floats"},
@@ -101,13 +102,13 @@ INTERVAL_ROOMS = {
 }
 INTERVAL_NUMBERS = "n_cuts n_knots n_sums narrowest smallest"
 INTERVAL_GRADIENTS = (
-    "interval_gradients start widths in_scale out_scale n_cuts narrowest smallest sums"
+    f"interval_gradients {TRAINED} n_cuts narrowest smallest sums"
     " grad_start grad_widths grad_in_scale grad_out_scale"
 )
 #: `thresholds` with all gradients, from the trained parameters.
 THRESHOLDS = NativeFunction(
     LIBRARY,
-    inputs="values qmin start widths in_scale out_scale",
+    inputs=f"values qmin {TRAINED}",
     numbers=f"{INTERVAL_NUMBERS} n_values threads",
     rooms={"out": "like values", "index": "bytes like values", **INTERVAL_ROOMS},
     outputs="out index",
@@ -122,22 +123,44 @@ THRESHOLDS = NativeFunction(
     ],
 )
 
+#: A clipping and `uniform` behind it; what was clipped is returned too.
+RECTIFIED_UNIFORM = NativeFunction(
+    LIBRARY,
+    inputs="values raw qmin qmax",
+    numbers="low high smallest scale rows columns threads",
+    rooms={"y": "like values", "out": "like values"},
+    outputs="y out",
+    forward=["rectified_uniform values low high raw smallest qmin qmax y out rows columns threads"],
+    backward=[
+        "uniform_backward y upstream_out raw none smallest qmin qmax none scale"
+        " upstream_y low high grad_values grad_raw rows columns threads"
+    ],
+)
+#: A clipping and `thresholds` behind it, likewise.
+RECTIFIED_THRESHOLDS = NativeFunction(
+    LIBRARY,
+    inputs=f"values qmin {TRAINED}",
+    numbers=f"low high {INTERVAL_NUMBERS} n_values threads",
+    rooms={
+        **{"y": "like values", "out": "like values", "index": "bytes like values"},
+        **INTERVAL_ROOMS,
+    },
+    outputs="y out index",
+    forward=[
+        USED_INTERVALS,
+        "rectified_thresholds values low high beta cuts n_cuts step qmin y out index"
+        " n_values threads",
+    ],
+    backward=[
+        "thresholds_backward y upstream_out index beta knots slopes n_knots qmin"
+        " upstream_y low high grad_values sums n_values threads",
+        INTERVAL_GRADIENTS,
+    ],
+)
 
-class Beside(NamedTuple):
-    """How else a gradient reaches values that a clipping returned.
 
-    Args:
-        gradient: That gradient, shape of the values.
-        low: Smallest value that the clipping lets through.
-        high: Largest one.
-    """
-
-    gradient: Tensor
-    low: float
-    high: float
-
-
-NOTHING: Final = (None, 0.0, 0.0)
+#: No other way for gradients to reach the values, and no clipping.
+NOTHING_BESIDE: Final = (None, 0.0, 0.0)
 
 
 def uniform(values: Tensor, raw: Tensor, smallest: float, qmin: Tensor, qmax: Tensor) -> Tensor:
@@ -167,18 +190,13 @@ def uniform_backward(
     qmin: Tensor,
     qmax: Tensor,
     scale: float,
-    *,
-    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients to `values` and to `raw`, the latter times `scale`.
-
-    With a gradient `beside`, the first is that to what was clipped into `values`.
-    """
+    """Return the gradients to `values` and to `raw`, the latter times `scale`."""
     grad_values, grad_raw = torch.empty_like(values), torch.empty_like(raw)
     LIBRARY.call(
         "uniform_backward",
         *(values, laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
-        *(qmin, qmax, qmin.numel() > 1, scale, *_laid_out(beside, values)),
+        *(qmin, qmax, qmin.numel() > 1, scale, *NOTHING_BESIDE),
         *(grad_values, grad_raw, *_sizes(values, raw)),
     )
     return grad_values, grad_raw
@@ -190,6 +208,21 @@ def uniform_through(
     """Return `uniform` with its gradients, that to `raw` times `scale`."""
     numbers = (raw.numel() > 1, smallest, qmin.numel() > 1, scale, *_sizes(values, raw))
     return UNIFORM((values, raw, qmin, qmax), numbers)[0]
+
+
+def rectified_uniform(
+    values: Tensor,
+    low: float,
+    high: float,
+    raw: Tensor,
+    qmin: Tensor,
+    qmax: Tensor,
+    smallest: float,
+    scale: float,
+) -> list[Tensor]:
+    """Return the values clipped to [low, high], and `uniform_through` of that by one step."""
+    numbers = (low, high, smallest, scale, *_sizes(values, raw))
+    return RECTIFIED_UNIFORM((values, raw, qmin, qmax), numbers)
 
 
 def clipped_through(
@@ -260,6 +293,21 @@ def thresholds_through(
     return out, index
 
 
+def rectified_thresholds(
+    values: Tensor,
+    low: float,
+    high: float,
+    qmin: Tensor,
+    trained: Sequence[Tensor],
+    narrowest: float,
+    smallest: float,
+) -> list[Tensor]:
+    """Return the values clipped to [low, high], and `thresholds_through` of that."""
+    numbers = (low, high, *interval_numbers(trained[1], narrowest, smallest))
+    sizes = (values.numel(), _threads())
+    return RECTIFIED_THRESHOLDS((values, qmin, *trained), (*numbers, *sizes))
+
+
 def thresholds(
     values: Tensor, in_scale: Tensor, cuts: Tensor, step: Tensor, qmin: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -285,43 +333,6 @@ def thresholds_again(values: Tensor, index: Tensor, step: Tensor, qmin: Tensor) 
     out = torch.empty_like(values)
     LIBRARY.call("thresholds_again", values, index, step, qmin, out, values.numel(), _threads())
     return out
-
-
-def thresholds_backward(
-    values: Tensor,
-    upstream: Tensor,
-    index: Tensor,
-    in_scale: Tensor,
-    knots: Tensor,
-    slopes: Tensor,
-    qmin: Tensor,
-    *,
-    beside: Beside | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient to `values`, and sums over the values of each interval.
-
-    Args:
-        values: Any shape.
-        upstream: Gradient of the loss at the output (R).
-        index: As `thresholds` returned it.
-        in_scale: # shape: ()
-        knots: Where intervals begin, # shape: (knots,)
-        slopes: Of the interval right of each knot, # shape: (knots,)
-        qmin: Code of the lowest level, # shape: ()
-        beside: As for `uniform_backward`.
-
-    Returns:
-        Gradient to the values; by interval, sums of R and of R times the distance from its left
-        end, then the sum of R times codes, # shape: (2 knots + 1,)
-    """
-    n = knots.numel()
-    grad_values, sums = torch.empty_like(values), knots.new_empty(2 * n + 1)
-    LIBRARY.call(
-        "thresholds_backward",
-        *(values, laid_out_as(upstream, values), index, in_scale, knots, slopes, n, qmin),
-        *(*_laid_out(beside, values), grad_values, sums, values.numel(), _threads()),
-    )
-    return grad_values, sums
 
 
 def used_intervals(trained: Sequence[Tensor], narrowest: float, smallest: float) -> list[Tensor]:
@@ -440,12 +451,6 @@ def adapted_steps_backward(
         *(raw.numel(), beta.numel() // raw.numel(), means.shape[-1], output.shape[-1], _threads()),
     )
     return to_means, grad_raw, found
-
-
-def _laid_out(beside: Beside | None, like: Tensor) -> tuple[Tensor | None, float, float]:
-    if beside is None:
-        return NOTHING
-    return laid_out_as(beside.gradient, like), beside.low, beside.high
 
 
 def _sizes(values: Tensor, raw: Tensor) -> tuple[int, int, int]:

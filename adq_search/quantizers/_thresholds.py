@@ -66,7 +66,7 @@ def thresholds_through(
         out, index = _native.thresholds_through(values, qmin, trained, MIN_WIDTH, EPS)
     else:
         out, index = _Thresholds.apply(values, qmin, *trained)
-    return mark_made(out, partial(_levels_again, values, index, qmin, trained))
+    return mark_made(out, partial(levels_again, values, index, qmin, trained))
 
 
 def threshold_index(values: Tensor, start: Tensor, widths: Tensor, in_scale: Tensor) -> Tensor:
@@ -172,7 +172,8 @@ class _Thresholds(Function):
         return from_rows(rows, x, order), None, *used.gradients(sums, trained)
 
 
-def _levels_again(x: Tensor, index: Tensor, n: Tensor, trained: Sequence[Tensor]) -> Tensor:
+def levels_again(x: Tensor, index: Tensor, n: Tensor, trained: Sequence[Tensor]) -> Tensor:
+    """Return the output of `thresholds_through` once more, from its index; without a graph."""
     step = used_intervals(*trained).step
     if _native.takes(x, step, n):
         return _native.thresholds_again(x, index, step, n)

@@ -36,6 +36,12 @@ void sum_rows(const std::vector<float>& parts, long rows, long by_row, const flo
     }
 }
 
+template <class T>
+void clip_block(const T* __restrict v, float low, float high, T* __restrict out, long size) {
+#pragma omp simd
+    for (long i = 0; i < size; ++i) store(out, i, clip(load(v, i), low, high));
+}
+
 // Add the gradient that reaches clipped values by another way, and let both through the clipping.
 template <class T>
 void join_block(const T* __restrict v, const T* __restrict beside, float low, float high,
@@ -65,6 +71,23 @@ extern "C" void uniform(long half, const void* values, const float* raw, long by
             const float s = positive(raw[by_row ? row : 0], smallest);
             const long range = ranged ? row : 0;
             uniform_block(v + at, s, qmin[range], qmax[range], to + at, size);
+        });
+    });
+}
+
+// The same behind a clipping, by one step; what is clipped goes to `clipped`.
+extern "C" void rectified_uniform(long half, const void* values, float low, float high,
+                                  const float* raw, float smallest, const float* qmin,
+                                  const float* qmax, void* clipped, void* out, long rows,
+                                  long columns, long threads) {
+    const float s = positive(*raw, smallest), n = *qmin, p = *qmax;
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T* v = static_cast<const T*>(values);
+        T *y = static_cast<T*>(clipped), *to = static_cast<T*>(out);
+        for_blocks(rows, columns, threads, [=](long, long, long at, long size) {
+            clip_block(v + at, low, high, y + at, size);
+            uniform_block(y + at, s, n, p, to + at, size);
         });
     });
 }
@@ -174,6 +197,24 @@ extern "C" void thresholds(long half, const void* values, const float* in_scale,
         T* to = static_cast<T*>(out);
         for_blocks(1, n_values, threads, [=, &sorted](long, long, long at, long size) {
             thresholds_block(x + at, beta, sorted, d, n, to + at, index + at, size);
+        });
+    });
+}
+
+// The same behind a clipping; what is clipped goes to `clipped`.
+extern "C" void rectified_thresholds(long half, const void* values, float low, float high,
+                                     const float* in_scale, const float* cuts, long n_cuts,
+                                     const float* step, const float* qmin, void* clipped, void* out,
+                                     uint8_t* index, long n_values, long threads) {
+    const float beta = *in_scale, d = *step, n = *qmin;
+    const Cuts sorted({cuts, cuts + n_cuts});
+    typed(half, [=, &sorted](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        T *y = static_cast<T*>(clipped), *to = static_cast<T*>(out);
+        for_blocks(1, n_values, threads, [=, &sorted](long, long, long at, long size) {
+            clip_block(x + at, low, high, y + at, size);
+            thresholds_block(y + at, beta, sorted, d, n, to + at, index + at, size);
         });
     });
 }
@@ -298,3 +339,5 @@ CALLED_BY_GRAPH(used_intervals)
 CALLED_BY_GRAPH(thresholds)
 CALLED_BY_GRAPH(thresholds_backward)
 CALLED_BY_GRAPH(interval_gradients)
+CALLED_BY_GRAPH(rectified_uniform)
+CALLED_BY_GRAPH(rectified_thresholds)
