@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adq_search.tasks import Batch, Task
+from adq_search.tasks import Batch, Part, Task
 from adq_search.validation import StrictModel
 
 #: Samples that the teacher answers at once where its answers are kept.
@@ -82,9 +82,9 @@ def distillation_loss(
 class Teacher:
     """The full-precision network, never trained and never quantized, and its answers.
 
-    Answers to inputs that come back unchanged every epoch are computed once and kept. They are
-    computed in the order of the data, so that a trial which goes on from a checkpoint in another
-    process hears the same, to the last bit.
+    Answers to inputs that come back unchanged, every epoch or with every trial, are computed once
+    and kept. They are computed in the order of the data, so that a trial which goes on from a
+    checkpoint in another process hears the same, to the last bit.
 
     Args:
         network: The trained network; a private copy of its state is not made.
@@ -94,18 +94,24 @@ class Teacher:
     def __init__(self, network: nn.Module, task: Task) -> None:
         self.network = network.eval().requires_grad_(requires_grad=False)
         self._train = task.train
-        self._keeps = task.augment is None and task.train.is_in_memory
-        self._kept: Tensor | None = None  # shape: (n, classes)
+        self._augments = task.augment is not None
+        # By the part's identity, which stays its own while it is held.
+        self._kept: dict[int, tuple[Part, Tensor]] = {}  # tensors' shape: (n, classes)
 
-    @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """Return the logits for a training batch, shape (batch, classes)."""
-        if not self._keeps:
+        if self._augments:
             return self.answer(batch.inputs)
-        if self._kept is None:
-            parts = self._train.batches(_BATCH)
-            self._kept = torch.cat([self.answer(part.inputs) for part in parts])
-        return self._kept[batch.indices]
+        return self.answers_on(self._train, batch)
+
+    def answers_on(self, part: Part, batch: Batch) -> Tensor:
+        """Return the logits for a batch of a part as it lies there, shape (batch, classes)."""
+        if not part.is_in_memory:
+            return self.answer(batch.inputs)
+        if id(part) not in self._kept:
+            answers = [self.answer(piece.inputs) for piece in part.batches(_BATCH)]
+            self._kept[id(part)] = part, torch.cat(answers)
+        return self._kept[id(part)][1][batch.indices]
 
     @torch.no_grad()
     def answer(self, inputs: Tensor) -> Tensor:

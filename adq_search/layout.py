@@ -1,4 +1,4 @@
-"""How images lie in memory while a network trains on them.
+"""How images lie in memory while a network runs on them.
 
 Convolutions of oneDNN and cuDNN want the channels of a pixel side by side ("channels last"). In
 torch's own order, channel by channel, each call copies its input and its output into that order and
@@ -15,8 +15,8 @@ from adq_search.tracing import evaluation_mode
 
 
 @torch.no_grad()
-def training_layout(network: nn.Module, example: Tensor) -> torch.memory_format:
-    """Return the layout that training batches should have: channels last where that runs.
+def fast_layout(network: nn.Module, example: Tensor) -> torch.memory_format:
+    """Return the layout that batches should have: channels last where that runs.
 
     Args:
         network: Runs once, in evaluation mode. A network that asks for one layout, as `view` does

@@ -128,6 +128,7 @@ inline const Program* known(int64_t address) { return reinterpret_cast<const Pro
 
 struct Given {
     const Program* program;
+    const std::vector<int64_t>& places;  // of the inputs that are there
     const std::vector<double>& numbers;
 };
 
@@ -141,16 +142,17 @@ Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
 struct Node : torch::autograd::Function<Node> {
     static variable_list forward(AutogradContext* context, at::TensorList inputs, Given given) {
         const Program& program = *given.program;
-        variable_list tensors(inputs.begin(), inputs.end()), kept, out;
+        variable_list tensors(program.gradients.size()), kept, out, without;
+        for (size_t i = 0; i < inputs.size(); ++i) tensors[given.places[i]] = inputs[i];
         program.forward.run(tensors, given.numbers);
         for (const int64_t i : program.outputs) out.push_back(tensors[i]);
-        variable_list without;
         for (size_t i = 0; i < out.size(); ++i)
             if (!program.is_differentiable[i]) without.push_back(out[i]);
         context->mark_non_differentiable(without);
         for (const int64_t i : program.kept) kept.push_back(tensors[i]);
         context->save_for_backward(kept);
         context->saved_data["program"] = reinterpret_cast<int64_t>(given.program);
+        context->saved_data["places"] = given.places;
         context->saved_data["numbers"] = given.numbers;
         return out;
     }
@@ -168,8 +170,10 @@ struct Node : torch::autograd::Function<Node> {
                 tensors.push_back(like < 0 ? upstream[i] : laid_out_as(upstream[i], tensors[like]));
             }
             program.backward.run(tensors, numbers);
-            for (const int64_t i : program.gradients)
+            for (const int64_t input : context->saved_data["places"].toIntVector()) {
+                const int64_t i = program.gradients[input];
                 gradients.push_back(i < 0 ? Tensor() : tensors[i]);
+            }
         }
         gradients.emplace_back();  // of `given`
         if (!at::GradMode::is_enabled()) return gradients;
@@ -190,9 +194,15 @@ int64_t define(at::IntArrayRef code) {
 std::vector<Tensor> apply(int64_t program, const c10::List<std::optional<Tensor>>& inputs,
                           at::ArrayRef<double> numbers) {
     variable_list tensors;
-    for (const std::optional<Tensor> one : inputs) tensors.push_back(one.value_or(Tensor()));
+    std::vector<int64_t> places;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+        const std::optional<Tensor> one = inputs.get(i);
+        if (!one.has_value()) continue;
+        tensors.push_back(*one);
+        places.push_back(static_cast<int64_t>(i));
+    }
     const std::vector<double> kept = numbers.vec();
-    return Node::apply(at::TensorList(tensors), Given{known(program), kept});
+    return Node::apply(at::TensorList(tensors), Given{known(program), places, kept});
 }
 
 }  // namespace

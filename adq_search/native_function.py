@@ -92,7 +92,8 @@ class NativeFunction:
         self.kept = [i for i, name in enumerate(names[:n_forward]) if name in kept]
         self.layouts = [-1 if name is None else self.tensors[name] for name in layouts]
         passing = {f"grad_{name}": f"upstream_{output}" for name, output in passed.items()}
-        self.is_differentiable = [name in needed or name in passing.values() for name in upstream]
+        flowing = needed | set(passing.values())
+        self.is_differentiable = [int(name in flowing) for name in upstream]
         self.gradients = [self.tensors.get(passing.get(name, name), -1) for name in grads]
 
     def __call__(self, inputs: Sequence[Tensor | None], numbers: Sequence[float]) -> list[Tensor]:
@@ -111,10 +112,16 @@ class NativeFunction:
     def _program(self) -> int:
         """Where `native_function.cpp` keeps it, read from integers."""
         outputs = [self.tensors[name] for name in self.outputs]
-        lists = [outputs, self.is_differentiable, self.layouts, self.kept, self.gradients]
+        lists: list[list[int]] = [
+            outputs,
+            self.is_differentiable,
+            self.layouts,
+            self.kept,
+            self.gradients,
+        ]
         code = [*self._code(self.made, self.forward), *self._code(self.found, self.backward)]
         for own in lists:
-            code += [len(own), *map(int, own)]
+            code += [len(own), *own]
         return int(torch.ops.adq_search.define(code))
 
     def _code(self, made: Sequence[str], calls: Sequence[Sequence[str]]) -> list[int]:
@@ -189,7 +196,7 @@ class _Interpreted(Function):
     def forward(
         ctx: Any, function: NativeFunction, numbers: Sequence[float], *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
-        tensors = [*inputs]
+        tensors: list[Any] = [*inputs]
         _run(function, function.made, function.forward, tensors, numbers)
         out = [tensors[function.tensors[name]] for name in function.outputs]
         own = zip(out, function.is_differentiable, strict=True)

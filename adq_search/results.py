@@ -15,6 +15,7 @@ from torch import nn
 
 from adq_search.donors import donors_of
 from adq_search.errors import AdqSearchWarning, IntegerError, StorageError
+from adq_search.evaluation import evaluate
 from adq_search.hosting import HostedTrial, HostOptions, HostOutcome
 from adq_search.integer import lower, verify
 from adq_search.policy import save_policy
@@ -34,7 +35,6 @@ from adq_search.report import (
 )
 from adq_search.session import Session
 from adq_search.store import load_quantized
-from adq_search.training import evaluate
 from adq_search.trial import TrialResult, fingerprint_of, weights_of
 
 #: Validation samples on which a kept policy must run in integers as it was measured.

@@ -19,6 +19,7 @@ from adq_search.checkpoint import TrainingCheckpoint
 from adq_search.distill import Teacher
 from adq_search.donors import donor_of
 from adq_search.errors import StorageError
+from adq_search.evaluation import Evaluation, evaluate
 from adq_search.files import read_json, write_atomic, write_json
 from adq_search.following import lead_trial
 from adq_search.job import Job
@@ -29,7 +30,7 @@ from adq_search.prior import propose_seeds
 from adq_search.progress import NoProgress, Progress
 from adq_search.sensitivity import SensitivityEstimator, SensitivityTable, sensitivity_table
 from adq_search.teacher import load_weights_, make_teacher
-from adq_search.training import EpochProgress, Evaluation, Monitor, evaluate
+from adq_search.training import EpochProgress, Monitor
 from adq_search.trial import TrialResult, fingerprint_of, run_trial, run_trials, weights_of
 from adq_search.warm_start import Donor
 

@@ -1,4 +1,4 @@
-"""One training loop, for teachers and for quantized students, and one evaluation."""
+"""One training loop, for teachers and for quantized students."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adq_search.checkpoint import TrainingCheckpoint, load_training_state_, training_state
-from adq_search.distill import DistillationSettings, Teacher, distillation_loss, kl_to_teacher
+from adq_search.distill import DistillationSettings, Teacher, distillation_loss
 from adq_search.global_batch_norm import global_batch_norms
-from adq_search.layout import training_layout
+from adq_search.layout import fast_layout
 from adq_search.norms import fused_norms
 from adq_search.parallel import ALONE, Ranks
 from adq_search.progress import Progress
 from adq_search.stacking import Stack
-from adq_search.tasks import Batch, Part, Task
+from adq_search.tasks import Batch, Task
 from adq_search.validation import StrictModel
 
-EVALUATION_BATCH = 512
 _MACS_WORTH_THREADS = 1e8
 
 
@@ -123,21 +121,6 @@ class FitOutcome:
     loss: float
     is_finite: bool
     was_stopped: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """A network measured on one part.
-
-    Attributes:
-        accuracy: Share of samples whose class is right, 0 to 1.
-        loss: Mean cross-entropy, nats.
-        kl: Mean KL from the teacher's distribution, nats; 0 for the teacher itself.
-    """
-
-    accuracy: float
-    loss: float
-    kl: float
 
 
 def fit(
@@ -267,7 +250,7 @@ def epoch_losses(
         begin = ranks.copied(training_state(network, optimizer, generator))
         load_training_state_(network, optimizer, generator, begin)
     yield from past
-    layout = training_layout(network, task.example())
+    layout = fast_layout(network, task.example())
     network.train()
     for epoch in range(len(past) + 1, settings.epochs + 1):
         sums: list[Tensor] = []
@@ -299,44 +282,16 @@ def epoch_losses(
         yield means
 
 
-@torch.no_grad()
-def evaluate(
-    network: nn.Module, part: Part, teacher: Teacher | None = None, *, ranks: Ranks = ALONE
-) -> Evaluation:
-    """Measure `network` on a part, in eval mode.
-
-    Args:
-        network: Classifier that returns logits, shape (batch, classes).
-        part: What it is measured on.
-        teacher: What KL is taken from; None says the network is the teacher (KL 0).
-        ranks: The processes that measure it together, each a share.
-    """
-    was_training = network.training
-    network.eval()
-    right, loss, kl, n = 0.0, 0.0, 0.0, 0
-    for whole in part.batches(EVALUATION_BATCH):
-        batch, _ = ranks.share_of(whole)
-        logits: Tensor = network(batch.inputs)
-        size = len(batch.targets)
-        if size == 0:
-            continue
-        right += float((logits.argmax(dim=-1) == batch.targets).sum())
-        loss += float(F.cross_entropy(logits, batch.targets)) * size
-        if teacher is not None:
-            kl += float(kl_to_teacher(logits, teacher.answer(batch.inputs))) * size
-        n += size
-    network.train(was_training)
-    sums = torch.tensor([right, loss, kl, n], dtype=torch.float64)
-    right, loss, kl, n = ranks.total(sums).tolist()
-    return Evaluation(accuracy=right / n, loss=loss / n, kl=kl / n)
-
-
-def training_inputs(task: Task, settings: TrainingSettings, *, seed: int) -> Iterator[Tensor]:
-    """Yield the batches that re-estimate batch-norm statistics, augmented as in training."""
+def training_inputs(
+    network: nn.Module, task: Task, settings: TrainingSettings, *, seed: int
+) -> Iterator[Tensor]:
+    """Yield the batches that re-estimate a network's batch norms, as training has them."""
+    layout = fast_layout(network, task.example())
     generator = torch.Generator().manual_seed(seed)
     batches: Iterable[Any] = task.train.batches(settings.batch_size, seed=seed)
     for _, batch in zip(range(settings.batch_norm_batches), batches, strict=False):
-        yield batch.inputs if task.augment is None else task.augment(batch.inputs, generator)
+        inputs = batch.inputs if task.augment is None else task.augment(batch.inputs, generator)
+        yield inputs.to(memory_format=layout)
 
 
 def threads_for(macs: int, batch_size: int, *, workers: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adq_search.checkpoint import Origin, TrainingCheckpoint
 from adq_search.convert import apply_policy_, measure_health, reestimate_batch_norm_
 from adq_search.distill import Teacher
+from adq_search.evaluation import Evaluation, evaluate
 from adq_search.global_batch_norm import global_batch_norms
 from adq_search.integer import snap_codebooks_
 from adq_search.parallel import ALONE, Ranks
@@ -22,11 +23,9 @@ from adq_search.policy import Policy
 from adq_search.stacking import Stack
 from adq_search.tasks import Task
 from adq_search.training import (
-    Evaluation,
     FitOutcome,
     Monitor,
     TrainingSettings,
-    evaluate,
     fit,
     fit_stack,
     training_inputs,
@@ -151,7 +150,7 @@ def run_trial(
         )
         if outcome.is_finite:
             snap_codebooks_(network)
-            inputs = training_inputs(task, settings, seed=seed)
+            inputs = training_inputs(network, task, settings, seed=seed)
             with global_batch_norms(network, ranks):
                 reestimate_batch_norm_(network, (x[ranks.own(len(x))] for x in inputs))
         trained = time.perf_counter() + (0.0 if checkpoint is None else checkpoint.resumed_s)
@@ -209,7 +208,7 @@ def run_trials(
             if outcome.is_finite:
                 snap_codebooks_(network)
         stack = Stack(networks)
-        reestimate_batch_norm_(stack, training_inputs(task, settings, seed=seed))
+        reestimate_batch_norm_(stack, training_inputs(stack, task, settings, seed=seed))
         stack.unstack_()
         trained = time.perf_counter()
         wall_s, train_s = ((trained - since) / len(policies) for since in (start, ready))

@@ -16,12 +16,12 @@ from torch import nn
 
 from adq_search.cli import main
 from adq_search.convert import apply_policy_
+from adq_search.evaluation import evaluate
 from adq_search.export import load_package_, run_onnx, write_integer_onnx
 from adq_search.job import read_job
 from adq_search.plan import plan
 from adq_search.policy import LayerPrecision, Policy, load_policy, save_policy
 from adq_search.session import prepare
-from adq_search.training import evaluate
 
 INPUTS = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 TINY = Path(__file__).parent / "tiny.yaml"

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from adq_search.convert import apply_policy_, quantized_layers, reestimate_batch_norm_
 from adq_search.errors import IntegerError
+from adq_search.evaluation import evaluate
 from adq_search.integer import lower, snap_codebooks_, verify, verify_layers
 from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.tasks import load_task
 from adq_search.tasks.networks import resnet20
 from adq_search.tracing import parametric_layers
-from adq_search.training import TrainingSettings, evaluate, fit, training_inputs
+from adq_search.training import TrainingSettings, fit, training_inputs
 from tests import tiny
 
 SNAPPED = {"post": {"sqrt_half": "45/64"}}
@@ -73,7 +74,7 @@ def trained(network, task, scheme, bits, options, *, epochs):
     apply_policy_(network, policy, task.calibration(256, seed=0))
     settings = TrainingSettings(epochs=epochs, batch_size=32, learning_rate=0.02)
     fit(network, task, settings, seed=0)
-    reestimate_batch_norm_(network, training_inputs(task, settings, seed=0))
+    reestimate_batch_norm_(network, training_inputs(network, task, settings, seed=0))
     snap_codebooks_(network)
     return network.eval()
 

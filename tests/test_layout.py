@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from adq_search.layout import training_layout
+from adq_search.layout import fast_layout
 from adq_search.tasks import Task, TensorPart
 from adq_search.training import TrainingSettings, fit
 
@@ -56,8 +56,8 @@ def test_images_are_trained_on_channels_last():
 
 def test_layout_changes_nothing_but_rounding(monkeypatch):
     outcomes = []
-    for layout in (training_layout, lambda *_: torch.preserve_format):
-        monkeypatch.setattr("adq_search.training.training_layout", layout)
+    for layout in (fast_layout, lambda *_: torch.preserve_format):
+        monkeypatch.setattr("adq_search.training.fast_layout", layout)
         made = network()
         loss = fit(made, task([]), TrainingSettings(epochs=2, batch_size=8), seed=0).loss
         outcomes.append((loss, made.state_dict()))
@@ -78,14 +78,14 @@ def test_layout_changes_nothing_but_rounding(monkeypatch):
     ids=["flatten", "view", "sequences", "features"],
 )
 def test_channels_last_where_a_network_takes_it(made, example, expected):
-    assert training_layout(made, example) is expected
+    assert fast_layout(made, example) is expected
 
 
 def test_asking_changes_neither_modes_nor_statistics():
     made = network().train()
     made[1].eval()
     before = {name: value.clone() for name, value in made.state_dict().items()}
-    training_layout(made, IMAGES[:1].double())
+    fast_layout(made, IMAGES[:1].double())
     assert made.training
     assert not made[1].training
     assert all(value.equal(before[name]) for name, value in made.state_dict().items())

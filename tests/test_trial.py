@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 
 from adq_search.distill import Teacher
 from adq_search.errors import TaskError
+from adq_search.evaluation import evaluate
 from adq_search.integer import lower, snap_codebooks_, verify, weight_words
 from adq_search.policy import FLOAT, LayerPrecision, Policy
 from adq_search.store import load_quantized
 from adq_search.teacher import load_weights_, make_teacher
-from adq_search.training import TrainingSettings, evaluate, fit
+from adq_search.training import TrainingSettings, fit
 from adq_search.trial import TrialResult, fingerprint_of, run_trial, weights_of
 from tests import tiny
 

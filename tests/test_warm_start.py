@@ -9,6 +9,7 @@ import torch
 from adq_search.distill import Teacher
 from adq_search.donors import donor_of
 from adq_search.errors import StorageError
+from adq_search.evaluation import evaluate
 from adq_search.hosting import HostOptions
 from adq_search.job import load_job, read_job
 from adq_search.plan import plan
@@ -19,7 +20,7 @@ from adq_search.report import read_front, read_trials
 from adq_search.results import write_outcome
 from adq_search.session import prepare, reopen
 from adq_search.teacher import make_teacher
-from adq_search.training import TrainingSettings, evaluate
+from adq_search.training import TrainingSettings
 from adq_search.trial import TrialResult, run_trial, run_trials, weights_of
 from adq_search.warm_start import Donor, begin_from_, distance, nearest
 from tests import tiny

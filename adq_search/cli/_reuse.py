@@ -19,6 +19,7 @@ from adq_search.cli._spaces import find_job, named_spaces
 from adq_search.convert import check_policy_fits
 from adq_search.distill import Teacher
 from adq_search.errors import SpaceError
+from adq_search.evaluation import evaluate
 from adq_search.files import write_atomic, write_json
 from adq_search.hardware import cost, load_hardware, total_of
 from adq_search.job import Job
@@ -31,7 +32,7 @@ from adq_search.space import has_codebook
 from adq_search.tasks import Task, load_task
 from adq_search.teacher import make_teacher
 from adq_search.tracing import trace
-from adq_search.training import EpochProgress, evaluate, threads_for
+from adq_search.training import EpochProgress, threads_for
 from adq_search.trial import run_trial, weights_of
 from adq_search.validation import validated
 

@@ -26,6 +26,14 @@ from adq_search.norms._readers import Range
 from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput, _native
 from adq_search.quantizers._calibration import EPS
 from adq_search.quantizers._native import ADAPTER, BLOCKS
+from adq_search.quantizers._native_functions import (
+    INTERVAL_GRADIENTS,
+    INTERVAL_NUMBERS,
+    INTERVAL_ROOMS,
+    TRAINED,
+    USED_INTERVALS,
+    interval_numbers,
+)
 from adq_search.quantizers._thresholds import MIN_WIDTH
 from adq_search.quantizers._through import lsq_gradient_factor
 from adq_search.quantizers.asq import SMALLEST_FACTOR
@@ -88,19 +96,19 @@ UNIFORM = NativeFunction(
 THRESHOLDS = NativeFunction(
     LIBRARY,
     _native.LIBRARY,
-    inputs=f"{_INPUTS} qmin {_native.TRAINED}",
-    numbers=f"{_NUMBERS} {_native.INTERVAL_NUMBERS}",
-    rooms={**_ROOMS, "index": "bytes like x", **_native.INTERVAL_ROOMS},
+    inputs=f"{_INPUTS} qmin {TRAINED}",
+    numbers=f"{_NUMBERS} {INTERVAL_NUMBERS}",
+    rooms={**_ROOMS, "index": "bytes like x", **INTERVAL_ROOMS},
     outputs="out",
     forward=[
         _STATISTICS,
-        _native.USED_INTERVALS,
+        USED_INTERVALS,
         f"thresholds x {_KNOWN} beta cuts n_cuts step qmin out index {_SIZES}",
     ],
     backward=[
         f"thresholds_backward x upstream_out {_KNOWN} index beta knots slopes n_knots qmin"
         f" {_GRADIENTS} sums {_SIZES}",
-        _native.INTERVAL_GRADIENTS,
+        INTERVAL_GRADIENTS,
     ],
 )
 _BY_SAMPLE = "width samples sample_pixels channels threads"
@@ -110,7 +118,7 @@ _PULLED = "raw smallest hidden output least qmin qmax features"
 _TO_ADAPTER = "grad_raw grad_hidden grad_hidden_bias grad_output grad_output_bias"
 _FOUND = "means steps beta inner outputs"
 _ADAPTED_ROOMS = {
-    **{name: "floats samples" for name in ("steps", "beta", "outputs")},
+    **dict.fromkeys(("steps", "beta", "outputs"), "floats samples"),
     "means": "floats samples channels",
     "inner": "floats samples width",
 }
@@ -214,7 +222,7 @@ def _uniform(x: Tensor, inputs: Given, numbers: Numbers, by: LsqInput) -> Tensor
 
 def _thresholds(_: Tensor, inputs: Given, numbers: Numbers, by: N2uqInput) -> Tensor:
     trained = by.trained()
-    used = _native.interval_numbers(trained[1], MIN_WIDTH, EPS)
+    used = interval_numbers(trained[1], MIN_WIDTH, EPS)
     return THRESHOLDS((*inputs, by.qmin, *trained), (*numbers, *used))[0]
 
 

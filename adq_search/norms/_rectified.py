@@ -13,9 +13,10 @@ from torch import Tensor
 
 from adq_search.norms._passes import RECTIFIED, adapter_inputs, adapter_numbers
 from adq_search.norms._readers import Range
-from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput, _native
+from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput
 from adq_search.quantizers._again import mark_made
 from adq_search.quantizers._calibration import EPS
+from adq_search.quantizers._native_functions import rectified_thresholds, rectified_uniform
 from adq_search.quantizers._thresholds import MIN_WIDTH, levels_again
 from adq_search.quantizers._through import lsq_gradient_factor, uniform_values
 
@@ -32,12 +33,12 @@ def rectified(values: Tensor, passes: Range, quantizer: InputQuantizer) -> tuple
     if isinstance(quantizer, LsqInput):
         n = quantizer.n_features(values)
         grid, scale = (quantizer.step, qmin, qmax), lsq_gradient_factor(qmax, n)
-        y, out = _native.rectified_uniform(values, *passes, *grid, EPS, scale)
+        y, out = rectified_uniform(values, *passes, *grid, EPS, scale)
         return y, mark_made(out, partial(uniform_values, y, *grid, n))
     if isinstance(quantizer, N2uqInput):
         trained = quantizer.trained()
         given = (*passes, qmin, trained, MIN_WIDTH, EPS)
-        y, out, index = _native.rectified_thresholds(values, *given)
+        y, out, index = rectified_thresholds(values, *given)
         return y, mark_made(out, partial(levels_again, y, index, qmin, trained))
     assert isinstance(quantizer, AsqInput)
     numbers = (*passes, *adapter_numbers(values, quantizer))

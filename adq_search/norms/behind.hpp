@@ -39,14 +39,13 @@ inline float through_grid(const Grid grid, float y, float upstream, float& sum) 
     return upstream * inside;
 }
 
-// `add_products` with gradients through uniform quantization, each of which `keep` takes; returns
-// the part of the gradient to the step. `room` for a line is used where values are rounded: compilers
-// lose their way in one loop that does so too.
-template <class T, class Keep>
+// `add_products` with gradients through uniform quantization; returns the part of the gradient to the
+// step. `room` for a line is used where values are rounded: compilers lose their way in one loop that
+// does so too.
+template <class T>
 float add_uniform_products(const Clipped by, const Grid grid, const T* __restrict x,
                            const T* __restrict upstream, float* __restrict first,
-                           float* __restrict second, long size, T* __restrict room,
-                           const Keep keep) {
+                           float* __restrict second, long size, T* __restrict room) {
     constexpr bool is_rounded = !std::is_same_v<T, float>;
     if (is_rounded) clipped_line(by, x, room, size);
     float sum = 0.0f;
@@ -56,7 +55,6 @@ float add_uniform_products(const Clipped by, const Grid grid, const T* __restric
         const float kept_y = is_rounded ? load(room, j) : clip(y, by.low, by.high);
         const float grad_y = through_grid(grid, kept_y, load(upstream, j), sum);
         const float r = (y > by.low) & (y < by.high) ? grad_y : 0.0f;
-        keep(j, grad_y);
         first[j] += r;
         second[j] += r * (value - by.mean[j]);
     }
@@ -109,7 +107,7 @@ struct UniformSlopes {
 
     void add(long at, long size, float* first, float* second) {
         *sum += add_uniform_products(by, grid, x + at, upstream + at, first, second, size,
-                                     room.data(), [](long, float) {});
+                                     room.data());
     }
     void end() {}
     void write(long at, long size, const float* constant, const float* slope) {

@@ -184,14 +184,29 @@ extern "C" void adaptive(long half, const void* values, const float* weight, con
                          float* means, float* steps, float* beta, float* inner, float* outputs,
                          void* out, long width, long samples, long pixels, long channels,
                          long threads) {
-    open_sums(half, values, weight, bias, mean, inverse, low, high, sums, samples, pixels, channels,
-              threads);
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    const Clipped by = norm.clipped(low, high);
     const float share = 1.0f / static_cast<float>(pixels);
-    for (long i = 0; i < samples * channels; ++i) means[i] = sums[i] * share;
-    steps_by_adapters(means, raw, smallest, hidden, hidden_bias, output, output_bias, least, steps,
-                      beta, inner, outputs, 1, samples, channels, width, threads);
-    uniform_by_sample(half, values, weight, bias, mean, inverse, low, high, steps, qmin, qmax, out,
-                      samples, pixels, channels, threads);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        T* to = static_cast<T*>(out);
+        all.each_group(sizeof(T), threads, [&](long first, long last) {
+            for (long sample = first; sample < last; ++sample)
+                open_sums(all, by, x, sample, sums + sample * channels, samples * channels);
+            for (long i = first * channels; i < last * channels; ++i) means[i] = sums[i] * share;
+            steps_by_adapters(means + first * channels, raw, smallest, hidden, hidden_bias, output,
+                              output_bias, least, steps + first, beta + first,
+                              inner + (hidden ? first * width : 0), outputs + first, 1,
+                              last - first, channels, width, 1);
+            for (long sample = first; sample < last; ++sample) {
+                all.lines_of(sample, [&](long begin, long size) {
+                    uniform_line(by, x + begin, steps[sample], *qmin, *qmax, to + begin, size);
+                });
+            }
+        });
+    });
 }
 
 extern "C" void adaptive_backward(
@@ -203,17 +218,26 @@ extern "C" void adaptive_backward(
     float* grad_weight, float* grad_bias, float* grad_raw, float* grad_hidden,
     float* grad_hidden_bias, float* grad_output, float* grad_output_bias, long width, long samples,
     long pixels, long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    const Norm norm(all.lines, weight, bias, mean, inverse);
+    const Clipped by = norm.clipped(low, high);
     std::vector<float> grad_steps(samples), products(2 * channels), shares(samples * channels);
-    sample_slopes(half, values, upstream, weight, bias, mean, inverse, low, high, steps, qmin, qmax,
-                  grad_values, grad_steps.data(), products.data(), samples, pixels, channels,
-                  threads);
-    adapters_backward(means, grad_steps.data(), raw, smallest, qmax, features, hidden, output, least,
-                      beta, inner, outputs, shares.data(), grad_raw, grad_hidden, grad_hidden_bias,
-                      grad_output, grad_output_bias, 1, samples, channels, width, threads);
-    for (float& share : shares) share /= static_cast<float>(pixels);
-    shared_slopes(half, values, weight, bias, mean, inverse, low, high, sums, products.data(),
-                  shares.data(), grad_values, grad_weight, grad_bias, samples, pixels, channels,
-                  threads);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
+        sample_slopes(all, by, x, r, steps, *qmin, *qmax, grad_steps.data(), products.data(),
+                      threads);
+        adapters_backward(means, grad_steps.data(), raw, smallest, qmax, features, hidden, output,
+                          least, beta, inner, outputs, shares.data(), grad_raw, grad_hidden,
+                          grad_hidden_bias, grad_output, grad_output_bias, 1, samples, channels,
+                          width, threads);
+        for (float& share : shares) share /= static_cast<float>(pixels);
+        const Pull pull(with_shares(products.data(), shares.data(), sums, samples, channels),
+                        all.lines, static_cast<double>(samples * pixels), weight, inverse,
+                        grad_weight, grad_bias);
+        shared_slopes(all, by, pull, x, r, steps, *qmin, *qmax, shares.data(),
+                      static_cast<T*>(grad_values), threads);
+    });
 }
 
 // Clipping and ASQ behind it, where others read the clipped values too; they go to `clipped`.
@@ -228,21 +252,25 @@ extern "C" void rectified(long half, const void* values, float low, float high, 
         using T = decltype(kind);
         const T* x = static_cast<const T*>(values);
         T *y = static_cast<T*>(clipped), *to = static_cast<T*>(out);
-        all.each(threads, [&](long sample, const auto each_line) {
-            std::vector<float> sum(all.lines.width);
-            each_line([&](long begin, long size) {
-                rectified_line(x + begin, low, high, y + begin, sum.data(), size);
-            });
-            float* own = means + sample * channels;
-            all.fold(sum, own);
-            for (long c = 0; c < channels; ++c) own[c] /= static_cast<float>(pixels);
-        });
-        steps_by_adapters(means, raw, smallest, hidden, hidden_bias, output, output_bias, least,
-                          steps, beta, inner, outputs, 1, samples, channels, width, threads);
-        all.each(threads, [&](long sample, const auto each_line) {
-            each_line([&](long begin, long size) {
-                uniform_block(y + begin, steps[sample], *qmin, *qmax, to + begin, size);
-            });
+        all.each_group(sizeof(T), threads, [&](long first, long last) {
+            for (long sample = first; sample < last; ++sample) {
+                std::vector<float> sum(all.lines.width);
+                all.lines_of(sample, [&](long begin, long size) {
+                    rectified_line(x + begin, low, high, y + begin, sum.data(), size);
+                });
+                float* own = means + sample * channels;
+                all.fold(sum, own);
+                for (long c = 0; c < channels; ++c) own[c] /= static_cast<float>(pixels);
+            }
+            steps_by_adapters(means + first * channels, raw, smallest, hidden, hidden_bias, output,
+                              output_bias, least, steps + first, beta + first,
+                              inner + (hidden ? first * width : 0), outputs + first, 1,
+                              last - first, channels, width, 1);
+            for (long sample = first; sample < last; ++sample) {
+                all.lines_of(sample, [&](long begin, long size) {
+                    uniform_block(y + begin, steps[sample], *qmin, *qmax, to + begin, size);
+                });
+            }
         });
     });
 }

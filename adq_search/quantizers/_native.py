@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from adq_search.native import NativeLibrary, laid_out_as
-from adq_search.native_function import NativeFunction
 
 #: The quantizers' arithmetic, for other passes too.
 BLOCKS, INTERVALS, ADAPTER = (
@@ -40,125 +39,6 @@ LIBRARY = NativeLibrary(
 )
 takes = LIBRARY.takes
 
-# Functions with all their gradients.
-#: `uniform` with the gradients to the values and to the raw steps.
-UNIFORM = NativeFunction(
-    LIBRARY,
-    inputs="values raw qmin qmax",
-    numbers="by_row smallest ranged scale rows columns threads",
-    rooms={"out": "like values"},
-    outputs="out",
-    forward=["uniform values raw by_row smallest qmin qmax ranged out rows columns threads"],
-    backward=[
-        "uniform_backward values upstream_out raw by_row smallest qmin qmax ranged scale"
-        " none none none grad_values grad_raw rows columns threads"
-    ],
-)
-#: `clipped` with the gradients to the values and to the raw thresholds.
-CLIPPED = NativeFunction(
-    LIBRARY,
-    inputs="values raw levels",
-    numbers="by_row smallest n_levels scale rows columns threads",
-    rooms={"out": "like values"},
-    outputs="out",
-    forward=["clipped values raw by_row smallest levels n_levels out rows columns threads"],
-    backward=[
-        "clipped_backward values upstream_out raw by_row smallest levels n_levels scale"
-        " grad_values grad_raw rows columns threads"
-    ],
-)
-
-_FOLLOWED = "weights codebook momentum", "n_levels twice n_weights threads"
-#: `codebook`, whose gradient passes to the weights unchanged.
-CODEBOOK = NativeFunction(
-    LIBRARY,
-    inputs=_FOLLOWED[0],
-    numbers=_FOLLOWED[1],
-    rooms={"out": "like weights", "sums": "floats twice"},
-    outputs="out",
-    forward=["codebook weights codebook n_levels out sums n_weights threads"],
-    passed={"weights": "out"},
-)
-#: The same; then the codebook follows the weights.
-FOLLOWING_CODEBOOK = NativeFunction(
-    LIBRARY,
-    inputs=_FOLLOWED[0],
-    numbers=_FOLLOWED[1],
-    rooms={"out": "like weights", "sums": "floats twice"},
-    outputs="out",
-    forward=[
-        "codebook weights codebook n_levels out sums n_weights threads",
-        "follow codebook sums momentum n_levels",
-    ],
-    passed={"weights": "out"},
-)
-#: N2UQ's trained parameters; as they are used; their gradients. For norms too.
-TRAINED = "start widths in_scale out_scale"
-USED_INTERVALS = f"used_intervals {TRAINED} n_cuts narrowest smallest a knots cuts slopes beta step"
-INTERVAL_ROOMS = {
-    **{"a": "floats n_cuts", "knots": "floats n_knots", "cuts": "floats n_cuts"},
-    **{"slopes": "floats n_knots", "beta": "floats", "step": "floats"},
-    "sums": "floats n_sums",
-}
-INTERVAL_NUMBERS = "n_cuts n_knots n_sums narrowest smallest"
-INTERVAL_GRADIENTS = (
-    f"interval_gradients {TRAINED} n_cuts narrowest smallest sums"
-    " grad_start grad_widths grad_in_scale grad_out_scale"
-)
-#: `thresholds` with all gradients, from the trained parameters.
-THRESHOLDS = NativeFunction(
-    LIBRARY,
-    inputs=f"values qmin {TRAINED}",
-    numbers=f"{INTERVAL_NUMBERS} n_values threads",
-    rooms={"out": "like values", "index": "bytes like values", **INTERVAL_ROOMS},
-    outputs="out index",
-    forward=[
-        USED_INTERVALS,
-        "thresholds values beta cuts n_cuts step qmin out index n_values threads",
-    ],
-    backward=[
-        "thresholds_backward values upstream_out index beta knots slopes n_knots qmin"
-        " none none none grad_values sums n_values threads",
-        INTERVAL_GRADIENTS,
-    ],
-)
-
-#: A clipping and `uniform` behind it; what was clipped is returned too.
-RECTIFIED_UNIFORM = NativeFunction(
-    LIBRARY,
-    inputs="values raw qmin qmax",
-    numbers="low high smallest scale rows columns threads",
-    rooms={"y": "like values", "out": "like values"},
-    outputs="y out",
-    forward=["rectified_uniform values low high raw smallest qmin qmax y out rows columns threads"],
-    backward=[
-        "uniform_backward y upstream_out raw none smallest qmin qmax none scale"
-        " upstream_y low high grad_values grad_raw rows columns threads"
-    ],
-)
-#: A clipping and `thresholds` behind it, likewise.
-RECTIFIED_THRESHOLDS = NativeFunction(
-    LIBRARY,
-    inputs=f"values qmin {TRAINED}",
-    numbers=f"low high {INTERVAL_NUMBERS} n_values threads",
-    rooms={
-        **{"y": "like values", "out": "like values", "index": "bytes like values"},
-        **INTERVAL_ROOMS,
-    },
-    outputs="y out index",
-    forward=[
-        USED_INTERVALS,
-        "rectified_thresholds values low high beta cuts n_cuts step qmin y out index"
-        " n_values threads",
-    ],
-    backward=[
-        "thresholds_backward y upstream_out index beta knots slopes n_knots qmin"
-        " upstream_y low high grad_values sums n_values threads",
-        INTERVAL_GRADIENTS,
-    ],
-)
-
-
 #: No other way for gradients to reach the values, and no clipping.
 NOTHING_BESIDE: Final = (None, 0.0, 0.0)
 
@@ -177,7 +57,7 @@ def uniform(values: Tensor, raw: Tensor, smallest: float, qmin: Tensor, qmax: Te
     LIBRARY.call(
         "uniform",
         *(values, raw, raw.numel() > 1, smallest, qmin, qmax, qmin.numel() > 1),
-        *(out, *_sizes(values, raw)),
+        *(out, *sizes(values, raw)),
     )
     return out
 
@@ -197,141 +77,15 @@ def uniform_backward(
         "uniform_backward",
         *(values, laid_out_as(upstream, values), raw, raw.numel() > 1, smallest),
         *(qmin, qmax, qmin.numel() > 1, scale, *NOTHING_BESIDE),
-        *(grad_values, grad_raw, *_sizes(values, raw)),
+        *(grad_values, grad_raw, *sizes(values, raw)),
     )
     return grad_values, grad_raw
-
-
-def uniform_through(
-    values: Tensor, raw: Tensor, qmin: Tensor, qmax: Tensor, smallest: float, scale: float
-) -> Tensor:
-    """Return `uniform` with its gradients, that to `raw` times `scale`."""
-    numbers = (raw.numel() > 1, smallest, qmin.numel() > 1, scale, *_sizes(values, raw))
-    return UNIFORM((values, raw, qmin, qmax), numbers)[0]
-
-
-def rectified_uniform(
-    values: Tensor,
-    low: float,
-    high: float,
-    raw: Tensor,
-    qmin: Tensor,
-    qmax: Tensor,
-    smallest: float,
-    scale: float,
-) -> list[Tensor]:
-    """Return the values clipped to [low, high], and `uniform_through` of that by one step."""
-    numbers = (low, high, smallest, scale, *_sizes(values, raw))
-    return RECTIFIED_UNIFORM((values, raw, qmin, qmax), numbers)
-
-
-def clipped_through(
-    values: Tensor, raw: Tensor, smallest: float, unit_levels: Tensor, scale: float
-) -> Tensor:
-    """Return the nearest of `alpha * unit_levels` for alpha = max(|raw|, smallest).
-
-    Args:
-        values: Any shape.
-        raw: One threshold, or one for each entry of the first dimension.
-        smallest: Least threshold in use.
-        unit_levels: Sorted, # shape: (levels,)
-        scale: Of the gradient to `raw`.
-    """
-    numbers = (raw.numel() > 1, smallest, unit_levels.numel(), scale, *_sizes(values, raw))
-    return CLIPPED((values, raw, unit_levels), numbers)[0]
-
-
-def codebook_through(
-    weights: Tensor, codebook: Tensor, momentum: Tensor, *, follows: bool
-) -> Tensor:
-    """Return the nearest level of every weight; the gradient passes unchanged.
-
-    Args:
-        weights: Any shape.
-        codebook: Sorted levels, # shape: (levels,)
-        momentum: m, # shape: ()
-        follows: Move the codebook afterwards, as `moved_codebook` says.
-    """
-    n = codebook.numel()
-    function = FOLLOWING_CODEBOOK if follows else CODEBOOK
-    numbers = (n, 2 * n, weights.numel(), _threads())
-    return function((weights, codebook, momentum), numbers)[0]
-
-
-def codebook(weights: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the nearest level of every weight; by level, the sum of errors and the weights' count.
-
-    Args:
-        weights: Any shape.
-        levels: Sorted, # shape: (levels,)
-
-    Returns:
-        Levels; sums of weights less their level and numbers of weights, both # shape: (levels,)
-    """
-    out, sums = torch.empty_like(weights), levels.new_empty(2, levels.numel())
-    LIBRARY.call(
-        "codebook",
-        *(weights, levels, levels.numel(), out, sums, weights.numel(), _threads()),
-    )
-    return out, sums[0], sums[1]
-
-
-def thresholds_through(
-    values: Tensor, qmin: Tensor, trained: Sequence[Tensor], narrowest: float, smallest: float
-) -> tuple[Tensor, Tensor]:
-    """Return N2UQ's levels, with all gradients, and how many thresholds lie below, as one byte.
-
-    Args:
-        values: Any shape.
-        qmin: Code of the lowest level, # shape: ()
-        trained: Start, widths and scales, as `used_intervals` takes them.
-        narrowest: Least width in use.
-        smallest: Least scale in use.
-    """
-    numbers = interval_numbers(trained[1], narrowest, smallest)
-    out, index = THRESHOLDS((values, qmin, *trained), (*numbers, values.numel(), _threads()))
-    return out, index
-
-
-def rectified_thresholds(
-    values: Tensor,
-    low: float,
-    high: float,
-    qmin: Tensor,
-    trained: Sequence[Tensor],
-    narrowest: float,
-    smallest: float,
-) -> list[Tensor]:
-    """Return the values clipped to [low, high], and `thresholds_through` of that."""
-    numbers = (low, high, *interval_numbers(trained[1], narrowest, smallest))
-    sizes = (values.numel(), _threads())
-    return RECTIFIED_THRESHOLDS((values, qmin, *trained), (*numbers, *sizes))
-
-
-def thresholds(
-    values: Tensor, in_scale: Tensor, cuts: Tensor, step: Tensor, qmin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (number of cuts below + qmin) * step, and that number as one byte, for each value.
-
-    Args:
-        values: Any shape; `values * in_scale` is compared with the cuts.
-        in_scale: # shape: ()
-        cuts: Sorted, # shape: (cuts,)
-        step: Between output levels, # shape: ()
-        qmin: Code of the lowest level, # shape: ()
-    """
-    out, index = torch.empty_like(values), torch.empty_like(values, dtype=torch.uint8)
-    LIBRARY.call(
-        "thresholds",
-        *(values, in_scale, cuts, cuts.numel(), step, qmin, out, index, values.numel(), _threads()),
-    )
-    return out, index
 
 
 def thresholds_again(values: Tensor, index: Tensor, step: Tensor, qmin: Tensor) -> Tensor:
     """Return the output of `thresholds` once more, from its index."""
     out = torch.empty_like(values)
-    LIBRARY.call("thresholds_again", values, index, step, qmin, out, values.numel(), _threads())
+    LIBRARY.call("thresholds_again", values, index, step, qmin, out, values.numel(), threads())
     return out
 
 
@@ -350,12 +104,6 @@ def used_intervals(trained: Sequence[Tensor], narrowest: float, smallest: float)
     used = (a, knots, cuts, slopes, beta, step)
     LIBRARY.call("used_intervals", start, widths, *scales, m, narrowest, smallest, *used)
     return [a, beta, step, knots, cuts, slopes]
-
-
-def interval_numbers(widths: Tensor, narrowest: float, smallest: float) -> tuple[float, ...]:
-    """Return `INTERVAL_NUMBERS`."""
-    m = widths.numel()
-    return m, m + 1, 2 * m + 3, narrowest, smallest
 
 
 def interval_gradients(
@@ -404,7 +152,7 @@ def adapted_steps(
         means,
         *(raw, smallest, *first, output, output_bias, least),
         *(steps, beta, inner if hidden else None, outputs),
-        *(raw.numel(), steps.numel() // raw.numel(), n_channels, width, _threads()),
+        *(raw.numel(), steps.numel() // raw.numel(), n_channels, width, threads()),
     )
     return steps, beta, inner, outputs.unsqueeze(-1)
 
@@ -448,16 +196,16 @@ def adapted_steps_backward(
         *(output, least, beta, inner if hidden else None, outputs, to_means, grad_raw),
         *no_layer,
         *found,
-        *(raw.numel(), beta.numel() // raw.numel(), means.shape[-1], output.shape[-1], _threads()),
+        *(raw.numel(), beta.numel() // raw.numel(), means.shape[-1], output.shape[-1], threads()),
     )
     return to_means, grad_raw, found
 
 
-def _sizes(values: Tensor, raw: Tensor) -> tuple[int, int, int]:
+def sizes(values: Tensor, raw: Tensor) -> tuple[int, int, int]:
     """Rows (one a parameter, or one an entry of the first dimension), columns, threads."""
     rows = values.shape[0] if raw.numel() == 1 and values.ndim > 1 else raw.numel()
-    return rows, values.numel() // rows, _threads()
+    return rows, values.numel() // rows, threads()
 
 
-def _threads() -> int:
+def threads() -> int:
     return torch.get_num_threads()

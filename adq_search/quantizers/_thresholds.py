@@ -24,7 +24,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from adq_search.quantizers import _native
+from adq_search.quantizers import _native, _native_functions
 from adq_search.quantizers._again import mark_made
 from adq_search.quantizers._calibration import EPS, computing_dtype
 from adq_search.quantizers._compile import Kernel, compiles
@@ -63,7 +63,7 @@ def thresholds_through(
     """
     trained = (start, widths, in_scale, out_scale)
     if _native.takes(values, qmin, *trained):
-        out, index = _native.thresholds_through(values, qmin, trained, MIN_WIDTH, EPS)
+        out, index = _native_functions.thresholds_through(values, qmin, trained, MIN_WIDTH, EPS)
     else:
         out, index = _Thresholds.apply(values, qmin, *trained)
     return mark_made(out, partial(levels_again, values, index, qmin, trained))

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from adq_search.quantizers import _native
+from adq_search.quantizers import _native, _native_functions
 from adq_search.quantizers._again import mark_made
 from adq_search.quantizers._calibration import EPS, computing_dtype
 from adq_search.quantizers._compile import Kernel, compiles
@@ -83,7 +83,7 @@ def uniform_through(
         smallest, scale = 0.0, 1.0
         if n_features is not None:
             smallest, scale = EPS, lsq_gradient_factor(qmax, n_features)
-        out = _native.uniform_through(values, *parameters, smallest, scale)
+        out = _native_functions.uniform_through(values, *parameters, smallest, scale)
     else:
         out = _Uniform.apply(values, *parameters, n_features)
     return mark_made(out, partial(uniform_values, values, *parameters, n_features))
@@ -111,7 +111,9 @@ def clipped_through(
         Quantized values, in the dtype of `values`.
     """
     if _native.takes(values, threshold, unit_levels):
-        return _native.clipped_through(values, threshold, EPS, unit_levels, gradient_scale)
+        return _native_functions.clipped_through(
+            values, threshold, EPS, unit_levels, gradient_scale
+        )
     return _Clipped.apply(values, threshold, unit_levels, gradient_scale)  # type: ignore[no-any-return]
 
 

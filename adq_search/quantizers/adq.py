@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from adq_search.policy import OptionValue
-from adq_search.quantizers import _native
+from adq_search.quantizers import _native, _native_functions
 from adq_search.quantizers._base import WEIGHT_QUANTIZERS, WeightQuantizer, check_bits
 from adq_search.quantizers._calibration import computing_dtype, quantile
 from adq_search.quantizers._compile import Kernel, compiles
@@ -93,7 +93,7 @@ class AdqWeight(WeightQuantizer):
     def _quantize(self, values: Tensor) -> Tensor:
         parameters = (self.codebook, self.momentum)
         if _native.takes(values, *parameters):
-            return _native.codebook_through(values, *parameters, follows=self.training)
+            return _native_functions.codebook_through(values, *parameters, follows=self.training)
         with torch.no_grad():
             quantized, sums, counts = snapped(values.detach(), self.codebook)
             if self.training:
@@ -120,8 +120,6 @@ class AdqWeight(WeightQuantizer):
 def snapped(weights: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the nearest levels; by level, sums of weights less their level, and counts."""
     levels = codebook.to(computing_dtype(weights, codebook))
-    if _native.takes(weights, levels):
-        return _native.codebook(weights, levels)
     order = row_order(weights)
     rows = to_rows(weights, order).to(levels.dtype)
     tables = nearest_tables(levels)

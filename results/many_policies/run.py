@@ -21,7 +21,7 @@ import torch
 from adq_search.cli._spaces import find_job
 from adq_search.convert import apply_policy_
 from adq_search.distill import Teacher, distillation_loss
-from adq_search.layout import training_layout
+from adq_search.layout import fast_layout
 from adq_search.norms import fused_norms
 from adq_search.plan import plan
 from adq_search.provenance import provenance
@@ -49,7 +49,7 @@ def draw(space, chance):
 def stepper(network, batch, answers, settings, until):
     """Return a function that takes one training step, as `fit` does, and returns its seconds."""
     until.enter_context(fused_norms(network))
-    inputs = batch.inputs.to(memory_format=training_layout(network, batch.inputs[:1]))
+    inputs = batch.inputs.to(memory_format=fast_layout(network, batch.inputs[:1]))
     optimizer = torch.optim.SGD(
         _parameter_groups(network, settings),
         lr=1e-4,

@@ -20,6 +20,7 @@ import torch
 
 from adq_search.convert import apply_policy_, reestimate_batch_norm_
 from adq_search.distill import Teacher
+from adq_search.evaluation import evaluate
 from adq_search.guide import additive_costs, sweep
 from adq_search.hardware import cost_table
 from adq_search.job import read_job
@@ -27,7 +28,7 @@ from adq_search.plan import plan
 from adq_search.provenance import provenance
 from adq_search.session import measure_sensitivity
 from adq_search.teacher import make_teacher
-from adq_search.training import evaluate, fit, training_inputs
+from adq_search.training import fit, training_inputs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -79,7 +80,7 @@ def trained(planned, teacher, policy, seed):
     apply_policy_(network, policy, task.calibration(settings.calibration_samples, seed=seed))
     recorder = Recorder(network, task, teacher)
     fit(network, task, settings, teacher=teacher, monitor=recorder, seed=seed)
-    reestimate_batch_norm_(network, training_inputs(task, settings, seed=seed))
+    reestimate_batch_norm_(network, training_inputs(network, task, settings, seed=seed))
     final = evaluate(network, task.validation, teacher)
     row = {"accuracy": final.accuracy, "loss": final.loss, "kl": final.kl}
     for epoch, (loss, kl, accuracy) in enumerate(recorder.rows, start=1):

@@ -175,7 +175,7 @@ class Bench:
         for network in networks:
             snap_codebooks_(network)
         stack = Stack(networks)
-        reestimate_batch_norm_(stack, training_inputs(task, settings, seed=seed))
+        reestimate_batch_norm_(stack, training_inputs(stack, task, settings, seed=seed))
         found = self._evaluate(stack.eval())
         seconds = watch.seconds(share=len(codes))
         for k, (code, policy) in enumerate(zip(codes, policies, strict=True)):
