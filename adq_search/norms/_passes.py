@@ -25,18 +25,25 @@ from adq_search.native_function import NativeFunction
 from adq_search.norms._readers import Range
 from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput, _native
 from adq_search.quantizers._calibration import EPS
-from adq_search.quantizers._native import ADAPTER, BLOCKS
+from adq_search.quantizers._native import HEADERS
 from adq_search.quantizers._native_functions import (
+    ADAPTED,
+    ADAPTED_ROOMS,
+    ADAPTER_INPUTS,
+    ADAPTER_NUMBERS,
+    BY_SAMPLE,
+    FOUND,
     INTERVAL_GRADIENTS,
     INTERVAL_NUMBERS,
     INTERVAL_ROOMS,
+    PULLED,
+    TO_ADAPTER,
     TRAINED,
     USED_INTERVALS,
     interval_numbers,
 )
 from adq_search.quantizers._thresholds import MIN_WIDTH
 from adq_search.quantizers._through import lsq_gradient_factor
-from adq_search.quantizers.asq import SMALLEST_FACTOR
 
 #: Arguments of each function; see `norms.cpp`.
 LIBRARY = NativeLibrary(
@@ -48,13 +55,11 @@ LIBRARY = NativeLibrary(
         "uniform": "lpppppffpfppplll",
         "uniform_backward": "lppppppffpfppfpppplll",
         "thresholds": "lpppppffpplpppplll",
-        "rectified": "lpffpfppppfppppppppplllll",
-        "rectified_backward": "lpppffpfppfppfppppppppppplllll",
         "adaptive": "lpppppffpfppppfppppppppplllll",
         "adaptive_backward": "lppppppffpfppfppfpppppppppppppplllll",
         "thresholds_backward": "lppppppffpppplppppplll",
     },
-    headers=[BLOCKS, ADAPTER, *sorted(Path(__file__).parent.glob("*.hpp"))],
+    headers=[*HEADERS, *sorted(Path(__file__).parent.glob("*.hpp"))],
 )
 
 
@@ -111,44 +116,20 @@ THRESHOLDS = NativeFunction(
         INTERVAL_GRADIENTS,
     ],
 )
-_BY_SAMPLE = "width samples sample_pixels channels threads"
-_ADAPTER_NUMBERS = f"smallest least features {_BY_SAMPLE}"
-_ADAPTED = "raw smallest hidden hidden_bias output output_bias least qmin qmax"
-_PULLED = "raw smallest hidden output least qmin qmax features"
-_TO_ADAPTER = "grad_raw grad_hidden grad_hidden_bias grad_output grad_output_bias"
-_FOUND = "means steps beta inner outputs"
-_ADAPTED_ROOMS = {
-    **dict.fromkeys(("steps", "beta", "outputs"), "floats samples"),
-    "means": "floats samples channels",
-    "inner": "floats samples width",
-}
 #: The same with ASQ behind it: a step for each sample, which an adapter finds from means.
 ADAPTIVE = NativeFunction(
     LIBRARY,
-    inputs=f"{_INPUTS} qmin qmax raw hidden hidden_bias output output_bias",
-    numbers=f"{_NUMBERS} {_ADAPTER_NUMBERS} n_sums",
-    rooms={**_ROOMS, **_ADAPTED_ROOMS, "sums": "floats n_sums"},
+    inputs=f"{_INPUTS} {ADAPTER_INPUTS}",
+    numbers=f"{_NUMBERS} {ADAPTER_NUMBERS} n_sums",
+    rooms={**_ROOMS, **ADAPTED_ROOMS, "sums": "floats n_sums"},
     outputs="out",
     forward=[
         _STATISTICS,
-        f"adaptive x {_KNOWN} {_ADAPTED} sums {_FOUND} out {_BY_SAMPLE}",
+        f"adaptive x {_KNOWN} {ADAPTED} sums {FOUND} out {BY_SAMPLE}",
     ],
     backward=[
-        f"adaptive_backward x upstream_out {_KNOWN} {_PULLED} sums {_FOUND}"
-        f" {_GRADIENTS} {_TO_ADAPTER} {_BY_SAMPLE}"
-    ],
-)
-#: A clipping without a norm, and ASQ behind it; what was clipped is returned too.
-RECTIFIED = NativeFunction(
-    LIBRARY,
-    inputs="x qmin qmax raw hidden hidden_bias output output_bias",
-    numbers=f"low high {_ADAPTER_NUMBERS}",
-    rooms={"y": "like x", "out": "like x", **_ADAPTED_ROOMS},
-    outputs="y out steps",
-    forward=[f"rectified x low high {_ADAPTED} y {_FOUND} out {_BY_SAMPLE}"],
-    backward=[
-        f"rectified_backward y upstream_out upstream_y low high {_PULLED} {_FOUND}"
-        f" grad_x {_TO_ADAPTER} {_BY_SAMPLE}"
+        f"adaptive_backward x upstream_out {_KNOWN} {PULLED} sums {FOUND}"
+        f" {_GRADIENTS} {TO_ADAPTER} {BY_SAMPLE}"
     ],
 )
 
@@ -227,26 +208,9 @@ def _thresholds(_: Tensor, inputs: Given, numbers: Numbers, by: N2uqInput) -> Te
 
 
 def _adaptive(x: Tensor, inputs: Given, numbers: Numbers, by: AsqInput) -> Tensor:
-    own = adapter_numbers(x, by)
+    own = by.numbers(x)
     n_sums = 3 * x.shape[0] * x.shape[1]
-    return ADAPTIVE(adapter_inputs(by, *inputs), (*numbers, *own, n_sums))[0]
-
-
-def adapter_inputs(quantizer: AsqInput, *before: Tensor) -> tuple[Tensor | None, ...]:
-    """Return tensors, then range, step and adapter of a quantizer; None for what it lacks."""
-    adapter = quantizer.adapter
-    grid = (quantizer.qmin, quantizer.qmax, quantizer.step)
-    hidden = (
-        (None, None) if adapter.hidden is None else (adapter.hidden.weight, adapter.hidden.bias)
-    )
-    return *before, *grid, *hidden, adapter.output.weight, adapter.output.bias
-
-
-def adapter_numbers(x: Tensor, quantizer: AsqInput) -> Numbers:
-    """Return `_ADAPTER_NUMBERS`."""
-    n, channels, height, width = x.shape
-    sizes = (quantizer.adapter.output.in_features, n, height * width, channels)
-    return EPS, SMALLEST_FACTOR, channels * height * width, *sizes, torch.get_num_threads()
+    return ADAPTIVE((*inputs, *by.tensors()), (*numbers, *own, n_sums))[0]
 
 
 #: What quantizes behind a norm, by quantizer.

@@ -11,12 +11,15 @@ from functools import partial
 
 from torch import Tensor
 
-from adq_search.norms._passes import RECTIFIED, adapter_inputs, adapter_numbers
 from adq_search.norms._readers import Range
 from adq_search.quantizers import AsqInput, InputQuantizer, LsqInput, N2uqInput
 from adq_search.quantizers._again import mark_made
 from adq_search.quantizers._calibration import EPS
-from adq_search.quantizers._native_functions import rectified_thresholds, rectified_uniform
+from adq_search.quantizers._native_functions import (
+    RECTIFIED_ADAPTIVE,
+    rectified_thresholds,
+    rectified_uniform,
+)
 from adq_search.quantizers._thresholds import MIN_WIDTH, levels_again
 from adq_search.quantizers._through import lsq_gradient_factor, uniform_values
 
@@ -41,6 +44,6 @@ def rectified(values: Tensor, passes: Range, quantizer: InputQuantizer) -> tuple
         y, out, index = rectified_thresholds(values, *given)
         return y, mark_made(out, partial(levels_again, y, index, qmin, trained))
     assert isinstance(quantizer, AsqInput)
-    numbers = (*passes, *adapter_numbers(values, quantizer))
-    y, out, steps = RECTIFIED(adapter_inputs(quantizer, values), numbers)
+    numbers = (*passes, *quantizer.numbers(values))
+    y, out, steps = RECTIFIED_ADAPTIVE((values, *quantizer.tensors()), numbers)
     return y, mark_made(out, partial(uniform_values, y, steps, qmin, qmax, None))

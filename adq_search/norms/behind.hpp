@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "blocks.hpp"
-#include "lines.hpp"
+#include "norm.hpp"
 
 namespace {
 
@@ -21,22 +21,6 @@ void uniform_line(const Clipped by, const T* __restrict x, float s, float n, flo
         const float y = as_stored(clip(load(x, j) * by.a[j] + by.b[j], by.low, by.high), x);
         store(out, j, std::nearbyint(clip(y / s, n, p)) * s);
     }
-}
-
-// The step and the codes' range that gradients through uniform quantization need.
-struct Grid {
-    float n, p, low, high, per_step;
-
-    Grid(float s, float n, float p) : n(n), p(p), low(n * s), high(p * s), per_step(1.0f / s) {}
-};
-
-// As `uniform_slopes`: the gradient to y where the quantizer lets it through; its part of the
-// gradient to the step is added to `sum`.
-inline float through_grid(const Grid grid, float y, float upstream, float& sum) {
-    const float z = clip(y * grid.per_step, grid.n, grid.p);
-    const float inside = (y > grid.low) & (y < grid.high) ? 1.0f : 0.0f;
-    sum += (std::nearbyint(z) - inside * z) * upstream;
-    return upstream * inside;
 }
 
 // `add_products` with gradients through uniform quantization; returns the part of the gradient to the

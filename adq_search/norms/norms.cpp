@@ -8,7 +8,7 @@
 #include "adapter.hpp"
 #include "behind.hpp"
 #include "blocks.hpp"
-#include "lines.hpp"
+#include "norm.hpp"
 #include "samples.hpp"
 
 // What Python calls. Values, outputs and their gradients are float32, or bfloat16 where `half`; all
@@ -240,80 +240,6 @@ extern "C" void adaptive_backward(
     });
 }
 
-// Clipping and ASQ behind it, where others read the clipped values too; they go to `clipped`.
-extern "C" void rectified(long half, const void* values, float low, float high, const float* raw,
-                          float smallest, const float* hidden, const float* hidden_bias,
-                          const float* output, const float* output_bias, float least,
-                          const float* qmin, const float* qmax, void* clipped, float* means,
-                          float* steps, float* beta, float* inner, float* outputs, void* out,
-                          long width, long samples, long pixels, long channels, long threads) {
-    const Samples all(samples, pixels, channels);
-    typed(half, [&](auto kind) {
-        using T = decltype(kind);
-        const T* x = static_cast<const T*>(values);
-        T *y = static_cast<T*>(clipped), *to = static_cast<T*>(out);
-        all.each_group(sizeof(T), threads, [&](long first, long last) {
-            for (long sample = first; sample < last; ++sample) {
-                std::vector<float> sum(all.lines.width);
-                all.lines_of(sample, [&](long begin, long size) {
-                    rectified_line(x + begin, low, high, y + begin, sum.data(), size);
-                });
-                float* own = means + sample * channels;
-                all.fold(sum, own);
-                for (long c = 0; c < channels; ++c) own[c] /= static_cast<float>(pixels);
-            }
-            steps_by_adapters(means + first * channels, raw, smallest, hidden, hidden_bias, output,
-                              output_bias, least, steps + first, beta + first,
-                              inner + (hidden ? first * width : 0), outputs + first, 1,
-                              last - first, channels, width, 1);
-            for (long sample = first; sample < last; ++sample) {
-                all.lines_of(sample, [&](long begin, long size) {
-                    uniform_block(y + begin, steps[sample], *qmin, *qmax, to + begin, size);
-                });
-            }
-        });
-    });
-}
-
-// `beside`: the gradient that comes to the clipped values by others.
-extern "C" void rectified_backward(
-    long half, const void* clipped, const void* upstream, const void* beside, float low, float high,
-    const float* raw, float smallest, const float* hidden, const float* output, float least,
-    const float* qmin, const float* qmax, float features, const float* means, const float* steps,
-    const float* beta, const float* inner, const float* outputs, void* grad_values, float* grad_raw,
-    float* grad_hidden, float* grad_hidden_bias, float* grad_output, float* grad_output_bias,
-    long width, long samples, long pixels, long channels, long threads) {
-    const Samples all(samples, pixels, channels);
-    std::vector<float> grad_steps(samples), shares(samples * channels);
-    typed(half, [&](auto kind) {
-        using T = decltype(kind);
-        const T *y = static_cast<const T*>(clipped), *r = static_cast<const T*>(upstream);
-        const T* other = static_cast<const T*>(beside);
-        T* to = static_cast<T*>(grad_values);
-        all.each(threads, [&](long sample, const auto each_line) {
-            double sum = 0.0;
-            each_line([&](long begin, long size) {
-                sum += uniform_slopes(y + begin, r + begin, steps[sample], *qmin, *qmax, to + begin,
-                                      size);
-            });
-            grad_steps[sample] = static_cast<float>(sum);
-        });
-        adapters_backward(means, grad_steps.data(), raw, smallest, qmax, features, hidden, output,
-                          least, beta, inner, outputs, shares.data(), grad_raw, grad_hidden,
-                          grad_hidden_bias, grad_output, grad_output_bias, 1, samples, channels,
-                          width, threads);
-        all.each(threads, [&](long sample, const auto each_line) {
-            std::vector<float> own(channels);
-            for (long c = 0; c < channels; ++c)
-                own[c] = shares[sample * channels + c] / static_cast<float>(pixels);
-            const std::vector<float> share = all.lines.repeated(own);
-            each_line([&](long begin, long size) {
-                joined_line(y + begin, other + begin, share.data(), low, high, to + begin, size);
-            });
-        });
-    });
-}
-
 CALLED_BY_GRAPH(statistics)
 CALLED_BY_GRAPH(clipped)
 CALLED_BY_GRAPH(clipped_backward)
@@ -323,5 +249,3 @@ CALLED_BY_GRAPH(thresholds)
 CALLED_BY_GRAPH(thresholds_backward)
 CALLED_BY_GRAPH(adaptive)
 CALLED_BY_GRAPH(adaptive_backward)
-CALLED_BY_GRAPH(rectified)
-CALLED_BY_GRAPH(rectified_backward)

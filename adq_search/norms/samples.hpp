@@ -1,4 +1,4 @@
-// The passes of ASQ behind a norm or a clipping: one step a sample.
+// The passes of ASQ behind a norm: one step a sample.
 
 #pragma once
 
@@ -8,51 +8,9 @@
 #include "behind.hpp"
 #include "blocks.hpp"
 #include "lines.hpp"
+#include "norm.hpp"
 
 namespace {
-
-// Bytes of samples that are passed over again soon, and so should stay near.
-constexpr long NEAR_BYTES = 1L << 18;
-
-// Lines of each sample, and figures by sample and channel.
-struct Samples {
-    long n;
-    Lines lines;
-
-    Samples(long n, long pixels, long channels) : n(n), lines(pixels, channels) {}
-
-    // Call `use(begin, size)` for each line of a sample.
-    template <class Use>
-    void lines_of(long sample, const Use use) const {
-        for (long begin = 0; begin < lines.size; begin += lines.width)
-            use(sample * lines.size + begin, std::min(lines.width, lines.size - begin));
-    }
-    // Call `work(first, last)` for groups of samples, as many as adapters take at once or as stay near.
-    template <class Work>
-    void each_group(long bytes_of_value, long threads, const Work work) const {
-        const long near = NEAR_BYTES / (lines.size * bytes_of_value);
-        const long in_group = std::max(1L, std::min(ROWS, near)), groups = (n + in_group - 1) / in_group;
-        if (n * lines.size < VALUES_WORTH_THREADS) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (long group = 0; group < groups; ++group)
-            work(group * in_group, std::min(n, (group + 1) * in_group));
-    }
-    // Call `work(sample, lines)` for each sample, where `lines(use)` is `lines_of` it.
-    template <class Work>
-    void each(long threads, const Work work) const {
-        if (n * lines.size < VALUES_WORTH_THREADS) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (long sample = 0; sample < n; ++sample)
-            work(sample, [=](const auto use) { lines_of(sample, use); });
-    }
-    // Sums of a line's places by channel.
-    void fold(const std::vector<float>& of_line, float* of_channels) const {
-        std::vector<double> sums(lines.channels);
-        for (long begin = 0; begin < lines.width; begin += lines.channels)
-            for (long c = 0; c < lines.channels; ++c) sums[c] += of_line[begin + c];
-        for (long c = 0; c < lines.channels; ++c) of_channels[c] = static_cast<float>(sums[c]);
-    }
-};
 
 // Sums of y, of 1 and of x - mean, the last two where the clipping lets gradients through.
 template <class T>
@@ -81,27 +39,6 @@ void shared_slopes_line(const Clipped by, const Grid grid, const T* __restrict x
         const float through = (y > grid.low) & (y < grid.high) ? load(upstream, j) : 0.0f;
         const float r = (open_y > by.low) & (open_y < by.high) ? through + share[j] : 0.0f;
         store(grad_x, j, by.a[j] * r - constant[j] - slope[j] * (value - by.mean[j]));
-    }
-}
-
-// Clipped values, and their sums by place in the line.
-template <class T>
-void rectified_line(const T* __restrict x, float low, float high, T* __restrict y,
-                    float* __restrict sum, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j) store(y, j, clip(load(x, j), low, high));
-#pragma omp simd
-    for (long j = 0; j < size; ++j) sum[j] += load(y, j);
-}
-
-// Gradients to what was clipped: to those given, gradients from elsewhere and shares are added.
-template <class T>
-void joined_line(const T* __restrict y, const T* __restrict other, const float* __restrict share,
-                 float low, float high, T* __restrict grad, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j) {
-        const float value = load(y, j), sum = load(grad, j) + load(other, j) + share[j];
-        store(grad, j, (value > low) & (value < high) ? sum : 0.0f);
     }
 }
 

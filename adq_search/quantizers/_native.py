@@ -12,13 +12,13 @@ from torch import Tensor
 from adq_search.native import NativeLibrary, laid_out_as
 
 #: The quantizers' arithmetic, for other passes too.
-BLOCKS, INTERVALS, ADAPTER = (
-    Path(__file__).with_name(f"{name}.hpp") for name in ("blocks", "intervals", "adapter")
-)
+HEADERS = [
+    Path(__file__).with_name(f"{name}.hpp") for name in ("blocks", "intervals", "adapter", "lines")
+]
 #: Arguments of each function; see `kernels.cpp`.
 LIBRARY = NativeLibrary(
     Path(__file__).with_name("kernels.cpp"),
-    headers=[BLOCKS, INTERVALS, ADAPTER],
+    headers=HEADERS,
     signatures={
         "uniform": "lpplfpplplll",
         "uniform_backward": "lppplfpplfpffpplll",
@@ -28,6 +28,8 @@ LIBRARY = NativeLibrary(
         "thresholds": "lppplppppll",
         "rectified_uniform": "lpffpfpppplll",
         "rectified_thresholds": "lpffpplpppppll",
+        "adaptive": "lpffpfppppfppppppppplllll",
+        "adaptive_backward": "lpppffpfppfppfppppppppppplllll",
         "thresholds_again": "lpppppll",
         "thresholds_backward": "lpppppplppffppll",
         "follow": "lpppl",

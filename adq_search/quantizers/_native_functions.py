@@ -128,6 +128,45 @@ RECTIFIED_THRESHOLDS = NativeFunction(
         INTERVAL_GRADIENTS,
     ],
 )
+#: ASQ's tensors and sizes, and what its passes take, find and give back. For norms too.
+ADAPTER_INPUTS = "qmin qmax raw hidden hidden_bias output output_bias"
+BY_SAMPLE = "width samples sample_pixels channels threads"
+ADAPTER_NUMBERS = f"smallest least features {BY_SAMPLE}"
+ADAPTED = "raw smallest hidden hidden_bias output output_bias least qmin qmax"
+PULLED = "raw smallest hidden output least qmin qmax features"
+TO_ADAPTER = "grad_raw grad_hidden grad_hidden_bias grad_output grad_output_bias"
+FOUND = "means steps beta inner outputs"
+ADAPTED_ROOMS = {
+    **dict.fromkeys(("steps", "beta", "outputs"), "floats samples"),
+    "means": "floats samples channels",
+    "inner": "floats samples width",
+}
+#: `uniform` by a step a sample, which an adapter finds from channel means; the steps too.
+ADAPTIVE = NativeFunction(
+    LIBRARY,
+    inputs=f"values {ADAPTER_INPUTS}",
+    numbers=ADAPTER_NUMBERS,
+    rooms={"out": "like values", **ADAPTED_ROOMS},
+    outputs="out steps",
+    forward=[f"adaptive values none none {ADAPTED} none {FOUND} out {BY_SAMPLE}"],
+    backward=[
+        f"adaptive_backward values upstream_out none none none {PULLED} {FOUND}"
+        f" grad_values {TO_ADAPTER} {BY_SAMPLE}"
+    ],
+)
+#: A clipping and that behind it; what was clipped is returned too.
+RECTIFIED_ADAPTIVE = NativeFunction(
+    LIBRARY,
+    inputs=f"values {ADAPTER_INPUTS}",
+    numbers=f"low high {ADAPTER_NUMBERS}",
+    rooms={"y": "like values", "out": "like values", **ADAPTED_ROOMS},
+    outputs="y out steps",
+    forward=[f"adaptive values low high {ADAPTED} y {FOUND} out {BY_SAMPLE}"],
+    backward=[
+        f"adaptive_backward y upstream_out upstream_y low high {PULLED} {FOUND}"
+        f" grad_values {TO_ADAPTER} {BY_SAMPLE}"
+    ],
+)
 
 
 def uniform_through(

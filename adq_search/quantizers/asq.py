@@ -34,6 +34,7 @@ from adq_search.quantizers._calibration import (
     integer_grid,
     n_features,
 )
+from adq_search.quantizers._native_functions import ADAPTIVE
 from adq_search.quantizers._through import (
     lsq_gradient_scale,
     positive_step,
@@ -219,14 +220,37 @@ class AsqInput(InputQuantizer):
         self.step.copy_(initial_step(values.reshape(1, -1), self.qmax)[0])
 
     def _quantize(self, values: Tensor) -> Tensor:
-        if self.is_adaptive and not torch.compiler.is_compiling():
+        if not self.is_adaptive or torch.compiler.is_compiling():
+            n = n_features(values, self._sample_shape(values))
+            step = positive_step(self.step, lsq_gradient_scale(self.qmax, n))
+            step = step * self.factors(values)
+            return uniform_through(values, step, self.qmin, self.qmax, n_features=None)
+        tensors = self.tensors()
+        known = [tensor for tensor in tensors if tensor is not None]
+        if self._lies_by_pixels(values) and _native.takes(values, *known):
+            out, steps = ADAPTIVE((values, *tensors), self.numbers(values))
+        else:
             out, steps = _Adaptive.apply(values, self.step, self, *self.adapter.parameters())
-            again = partial(uniform_values, values, steps, self.qmin, self.qmax, None)
-            return mark_made(out, again)
-        n = n_features(values, self._sample_shape(values))
-        step = positive_step(self.step, lsq_gradient_scale(self.qmax, n))
-        step = step * self.factors(values)
-        return uniform_through(values, step, self.qmin, self.qmax, n_features=None)
+        return mark_made(out, partial(uniform_values, values, steps, self.qmin, self.qmax, None))
+
+    def _lies_by_pixels(self, values: Tensor) -> bool:
+        """Whether each sample is in one piece, and in it the channels of each pixel."""
+        if self.channel_dim == -1:
+            return values.ndim > 1 and values.is_contiguous()
+        is_image = self.channel_dim == -3 and values.ndim == 4
+        return is_image and values.is_contiguous(memory_format=torch.channels_last)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return range, step and adapter as C++ takes them; None for the layer that it lacks."""
+        hidden, output = self.adapter.hidden, self.adapter.output
+        first = (None, None) if hidden is None else (hidden.weight, hidden.bias)
+        return self.qmin, self.qmax, self.step, *first, output.weight, output.bias
+
+    def numbers(self, values: Tensor) -> tuple[float, ...]:
+        """Return the sizes of values and adapter as C++ takes them."""
+        n, features = len(values), values[0].numel()
+        sizes = (self.adapter.output.in_features, n, features // self.n_channels, self.n_channels)
+        return EPS, SMALLEST_FACTOR, features, *sizes, torch.get_num_threads()
 
     def _codes(self, values: Tensor) -> Tensor:
         step = self._positive() * self.factors(values)

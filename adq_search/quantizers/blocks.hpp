@@ -129,21 +129,40 @@ void uniform_block(const T* __restrict v, float s, float n, float p, T* __restri
         store(out, i, std::nearbyint(clip(load(v, i) / s, n, p)) * s);
 }
 
-// Returns the block's part of the gradient to the step. Divisions would take as long as memory does:
-// a product is exact enough here, where no code depends on the last bit.
+// The step and the codes' range that gradients need. Divisions would take as long as memory does: a
+// product is exact enough here, where no code depends on the last bit.
+struct Grid {
+    float n, p, low, high, per_step;
+
+    Grid(float s, float n, float p) : n(n), p(p), low(n * s), high(p * s), per_step(1.0f / s) {}
+};
+
+// The gradient to a value where the quantizer lets it through; its part of the gradient to the step
+// is added to `sum`.
+inline float through_grid(const Grid grid, float value, float upstream, float& sum) {
+    const float z = clip(value * grid.per_step, grid.n, grid.p);
+    const float inside = (value > grid.low) & (value < grid.high) ? 1.0f : 0.0f;
+    sum += (std::nearbyint(z) - inside * z) * upstream;
+    return upstream * inside;
+}
+
+// Gradients to a block of values; returns its part of the gradient to the step.
 template <class T>
-float uniform_slopes(const T* __restrict v, const T* __restrict upstream, float s, float n, float p,
+float uniform_slopes(const T* __restrict v, const T* __restrict upstream, const Grid grid,
                      T* __restrict grad_v, long size) {
-    const float low = n * s, high = p * s, per_step = 1.0f / s;
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < size; ++i) {
-        const float r = load(upstream, i), value = load(v, i);
-        const float z = clip(value * per_step, n, p);
-        const float inside = (value > low) & (value < high) ? 1.0f : 0.0f;
-        store(grad_v, i, r * inside);
-        sum += (std::nearbyint(z) - inside * z) * r;
-    }
+    for (long i = 0; i < size; ++i)
+        store(grad_v, i, through_grid(grid, load(v, i), load(upstream, i), sum));
+    return sum;
+}
+
+// The latter alone.
+template <class T>
+float step_slope(const T* __restrict v, const T* __restrict upstream, const Grid grid, long size) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < size; ++i) through_grid(grid, load(v, i), load(upstream, i), sum);
     return sum;
 }
 

@@ -6,6 +6,7 @@
 #include "adapter.hpp"
 #include "blocks.hpp"
 #include "intervals.hpp"
+#include "lines.hpp"
 
 namespace {
 
@@ -40,6 +41,25 @@ template <class T>
 void clip_block(const T* __restrict v, float low, float high, T* __restrict out, long size) {
 #pragma omp simd
     for (long i = 0; i < size; ++i) store(out, i, clip(load(v, i), low, high));
+}
+
+// Values are added to sums by their place in the line.
+template <class T>
+void add_line(const T* __restrict y, float* __restrict sum, long size) {
+#pragma omp simd
+    for (long j = 0; j < size; ++j) sum[j] += load(y, j);
+}
+
+// Gradients through uniform quantization, and shares of the place in the line.
+template <class T>
+void shared_line(const Grid grid, const T* __restrict y, const T* __restrict upstream,
+                 const float* __restrict share, T* __restrict grad, long size) {
+#pragma omp simd
+    for (long j = 0; j < size; ++j) {
+        const float value = load(y, j);
+        const float r = (value > grid.low) & (value < grid.high) ? load(upstream, j) : 0.0f;
+        store(grad, j, r + share[j]);
+    }
 }
 
 // Add the gradient that reaches clipped values by another way, and let both through the clipping.
@@ -108,7 +128,7 @@ extern "C" void uniform_backward(long half, const void* values, const void* upst
             const float s = positive(raw[by_row ? row : 0], smallest);
             const long range = ranged ? row : 0;
             part[block] =
-                uniform_slopes(v + at, r + at, s, qmin[range], qmax[range], to + at, size);
+                uniform_slopes(v + at, r + at, Grid(s, qmin[range], qmax[range]), to + at, size);
             if (other) join_block(v + at, other + at, low, high, to + at, size);
         });
     });
@@ -183,6 +203,83 @@ extern "C" void codebook(long half, const void* weights, const float* levels, lo
         });
     });
     total_of(parts, n_sums, sums);
+}
+
+// Uniform quantization of values that lie channels last, by a step for each sample (ASQ), which an
+// adapter finds from channel means, # shape: (samples, channels); see `adapter.hpp`. Where `clipped`
+// is no null, behind a clipping.
+extern "C" void adaptive(long half, const void* values, float low, float high, const float* raw,
+                         float smallest, const float* hidden, const float* hidden_bias,
+                         const float* output, const float* output_bias, float least,
+                         const float* qmin, const float* qmax, void* clipped, float* means,
+                         float* steps, float* beta, float* inner, float* outputs, void* out,
+                         long width, long samples, long pixels, long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T* x = static_cast<const T*>(values);
+        T *kept = static_cast<T*>(clipped), *to = static_cast<T*>(out);
+        const T* y = kept ? kept : x;
+        all.each_group(sizeof(T), threads, [&](long first, long last) {
+            for (long sample = first; sample < last; ++sample) {
+                std::vector<float> sum(all.lines.width);
+                all.lines_of(sample, [&](long at, long size) {
+                    if (kept) clip_block(x + at, low, high, kept + at, size);
+                    add_line(y + at, sum.data(), size);
+                });
+                float* own = means + sample * channels;
+                all.fold(sum, own);
+                for (long c = 0; c < channels; ++c) own[c] /= static_cast<float>(pixels);
+            }
+            steps_by_adapters(means + first * channels, raw, smallest, hidden, hidden_bias, output,
+                              output_bias, least, steps + first, beta + first,
+                              inner + (hidden ? first * width : 0), outputs + first, 1,
+                              last - first, channels, width, 1);
+            for (long sample = first; sample < last; ++sample) {
+                all.lines_of(sample, [&](long at, long size) {
+                    uniform_block(y + at, steps[sample], *qmin, *qmax, to + at, size);
+                });
+            }
+        });
+    });
+}
+
+extern "C" void adaptive_backward(
+    long half, const void* values, const void* upstream, const void* beside, float low, float high,
+    const float* raw, float smallest, const float* hidden, const float* output, float least,
+    const float* qmin, const float* qmax, float features, const float* means, const float* steps,
+    const float* beta, const float* inner, const float* outputs, void* grad_values, float* grad_raw,
+    float* grad_hidden, float* grad_hidden_bias, float* grad_output, float* grad_output_bias,
+    long width, long samples, long pixels, long channels, long threads) {
+    const Samples all(samples, pixels, channels);
+    std::vector<float> grad_steps(samples), shares(samples * channels);
+    typed(half, [&](auto kind) {
+        using T = decltype(kind);
+        const T *y = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
+        const T* other = static_cast<const T*>(beside);
+        T* to = static_cast<T*>(grad_values);
+        all.each(threads, [&](long sample, const auto each_line) {
+            double sum = 0.0;
+            each_line([&](long at, long size) {
+                sum += step_slope(y + at, r + at, Grid(steps[sample], *qmin, *qmax), size);
+            });
+            grad_steps[sample] = static_cast<float>(sum);
+        });
+        adapters_backward(means, grad_steps.data(), raw, smallest, qmax, features, hidden, output,
+                          least, beta, inner, outputs, shares.data(), grad_raw, grad_hidden,
+                          grad_hidden_bias, grad_output, grad_output_bias, 1, samples, channels,
+                          width, threads);
+        for (float& share : shares) share /= static_cast<float>(pixels);
+        all.each(threads, [&](long sample, const auto each_line) {
+            const Grid grid(steps[sample], *qmin, *qmax);
+            const float* own = shares.data() + sample * channels;
+            const std::vector<float> share = all.lines.repeated({own, own + channels});
+            each_line([&](long at, long size) {
+                shared_line(grid, y + at, r + at, share.data(), to + at, size);
+                if (other) join_block(y + at, other + at, low, high, to + at, size);
+            });
+        });
+    });
 }
 
 // `index`: how many cuts lie below each value.
@@ -341,3 +438,5 @@ CALLED_BY_GRAPH(thresholds_backward)
 CALLED_BY_GRAPH(interval_gradients)
 CALLED_BY_GRAPH(rectified_uniform)
 CALLED_BY_GRAPH(rectified_thresholds)
+CALLED_BY_GRAPH(adaptive)
+CALLED_BY_GRAPH(adaptive_backward)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from adq_search.native import NativeLibrary
-from adq_search.quantizers._native import BLOCKS, INTERVALS
+from adq_search.quantizers._native import HEADERS
 
 #: Arguments of each function; see `slots.cpp`.
 LIBRARY = NativeLibrary(
     Path(__file__).with_name("slots.cpp"),
-    headers=[BLOCKS, INTERVALS],
+    headers=HEADERS,
     signatures={
         "copy": "lpppl",
         "uniform": "lpppllfpppl",

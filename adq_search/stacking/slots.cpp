@@ -151,7 +151,7 @@ extern "C" void uniform_backward(long half, const void* values, const int64_t* n
         for_pieces(places, threads, [=](long j, long p, const Piece& piece) {
             const float s = steps.at(j, piece.row);
             part[j * places.pieces() + p] = uniform_slopes(
-                v + piece.at, r + piece.at, s, qmin[j], qmax[j], to + piece.at, piece.size);
+                v + piece.at, r + piece.at, Grid(s, qmin[j], qmax[j]), to + piece.at, piece.size);
         });
     });
     const auto scale = [=](long j) {

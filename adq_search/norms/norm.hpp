@@ -1,8 +1,4 @@
-// Tensors line by line, and a batch norm with the clipping behind it.
-//
-// A tensor comes channels last: pixels one after the other, each with its channels side by side.
-// Several pixels make a line of about WIDTH values, for which figures of the channels are repeated.
-// Sums are taken in blocks of lines, so that they do not depend on the number of threads.
+// A batch norm and the clipping behind it, line by line.
 
 #pragma once
 
@@ -10,44 +6,12 @@
 #include <vector>
 
 #include "blocks.hpp"
+#include "lines.hpp"
 
 namespace {
 
-constexpr long WIDTH = 512;
-constexpr long VALUES_OF_BLOCK = 32768;
 // Pixels whose mean is near enough to the mean of all that no digits are lost in sums of squares.
 constexpr long SAMPLE = 64;
-
-struct Lines {
-    long channels, pixels, size, width, in_block, blocks;
-
-    Lines(long pixels, long channels) : channels(channels), pixels(pixels), size(pixels * channels) {
-        width = std::min(pixels, (WIDTH + channels - 1) / channels) * channels;
-        in_block = std::max(1L, VALUES_OF_BLOCK / width) * width;
-        blocks = (size + in_block - 1) / in_block;
-    }
-
-    std::vector<float> repeated(const std::vector<float>& of_channels) const {
-        std::vector<float> of_line(width);
-        for (long j = 0; j < width; ++j) of_line[j] = of_channels[j % channels];
-        return of_line;
-    }
-
-    // Call `work(block, lines)` for each block, where `lines(use)` calls `use(begin, size)` for each
-    // of its lines in order. The last line may be shorter.
-    template <class Work>
-    void each(long threads, const Work work) const {
-        if (size < VALUES_WORTH_THREADS) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (long block = 0; block < blocks; ++block) {
-            const long end = std::min(size, (block + 1) * in_block);
-            work(block, [=](const auto use) {
-                for (long begin = block * in_block; begin < end; begin += width)
-                    use(begin, std::min(width, end - begin));
-            });
-        }
-    }
-};
 
 // Two sums a channel, from partial sums by block and place in its lines.
 struct Sums {
