@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "blocks.hpp"
@@ -12,52 +11,48 @@
 
 namespace {
 
+// y as it would be read, had it been written.
+template <class T, class V>
+inline V kept_at(const Clipped by, const T* x, V value, long j) {
+    return as_stored(clip(open_at(by, value, j), by.low, by.high), x);
+}
+
 // Uniform quantization of y.
 template <class T>
-void uniform_line(const Clipped by, const T* __restrict x, float s, float n, float p,
-                  T* __restrict out, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j) {
-        const float y = as_stored(clip(load(x, j) * by.a[j] + by.b[j], by.low, by.high), x);
-        store(out, j, std::nearbyint(clip(y / s, n, p)) * s);
-    }
+void uniform_line(const Clipped by, const T* x, float s, float n, float p, T* out, long size) {
+    const float per_s = 1.0f / s;
+    for_values(size, [=](long j, auto kind) {
+        const auto y = kept_at(by, x, at(x, j, kind), j);
+        set(out, j, nearest(clip(quotient(y, s, per_s), n, p)) * s);
+    });
 }
 
 // `add_products` with gradients through uniform quantization; returns the part of the gradient to the
-// step. `room` for a line is used where values are rounded: compilers lose their way in one loop that
-// does so too.
+// step.
 template <class T>
-float add_uniform_products(const Clipped by, const Grid grid, const T* __restrict x,
-                           const T* __restrict upstream, float* __restrict first,
-                           float* __restrict second, long size, T* __restrict room) {
-    constexpr bool is_rounded = !std::is_same_v<T, float>;
-    if (is_rounded) clipped_line(by, x, room, size);
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (long j = 0; j < size; ++j) {
-        const float value = load(x, j), y = value * by.a[j] + by.b[j];
-        const float kept_y = is_rounded ? load(room, j) : clip(y, by.low, by.high);
-        const float grad_y = through_grid(grid, kept_y, load(upstream, j), sum);
-        const float r = (y > by.low) & (y < by.high) ? grad_y : 0.0f;
-        first[j] += r;
-        second[j] += r * (value - by.mean[j]);
-    }
-    return sum;
+float add_uniform_products(const Clipped by, const Grid grid, const T* x, const T* upstream,
+                           float* first, float* second, long size) {
+    return sum_over(size, [=](long j, auto kind) {
+        const auto value = at(x, j, kind), gradient = at(upstream, j, kind);
+        const auto y = kept_at(by, x, value, j);
+        const auto r = let_through(by, value, within(y, grid.low, grid.high, gradient), j);
+        add_at(first, j, r);
+        add_at(second, j, r * (value - at(by.mean, j, kind)));
+        return step_part(grid, y, gradient);
+    });
 }
 
-// `slopes_line` with gradients through uniform quantization.
+// `slopes_line` with gradients through uniform quantization; to each gradient to y its `share` is
+// added where the clipping is open, if there are shares.
 template <class T>
-void uniform_slopes_line(const Clipped by, const Grid grid, const T* __restrict x,
-                         const T* __restrict upstream, const float* __restrict constant,
-                         const float* __restrict slope, T* __restrict grad_x, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j) {
-        const float value = load(x, j), open_y = value * by.a[j] + by.b[j];
-        const float y = as_stored(clip(open_y, by.low, by.high), x);
-        const bool is_open = (open_y > by.low) & (open_y < by.high) & (y > grid.low) & (y < grid.high);
-        const float r = is_open ? load(upstream, j) : 0.0f;
-        store(grad_x, j, by.a[j] * r - constant[j] - slope[j] * (value - by.mean[j]));
-    }
+void uniform_slopes_line(const Clipped by, const Grid grid, const T* x, const T* upstream,
+                         const float* share, const Line less, T* grad_x, long size) {
+    for_values(size, [=](long j, auto kind) {
+        const auto value = at(x, j, kind), y = kept_at(by, x, value, j);
+        auto gradient = within(y, grid.low, grid.high, at(upstream, j, kind));
+        if (share) gradient += at(share, j, kind);
+        set(grad_x, j, less.slope_at(by, value, let_through(by, value, gradient, j), j));
+    });
 }
 
 // What lies behind a norm in its backward pass, line by line: `add` for the sums, which `end` closes,
@@ -74,8 +69,8 @@ struct GivenSlopes {
         add_products(by, x + at, grad_y + at, first, second, size);
     }
     void end() {}
-    void write(long at, long size, const float* constant, const float* slope) {
-        slopes_line(by, x + at, grad_y + at, constant, slope, grad_x + at, size);
+    void write(long at, long size, const Line less) {
+        slopes_line(by, x + at, grad_y + at, less, grad_x + at, size);
     }
 };
 
@@ -87,15 +82,13 @@ struct UniformSlopes {
     const T *x, *upstream;
     T* grad_x;
     double* sum;
-    std::vector<T> room;
 
     void add(long at, long size, float* first, float* second) {
-        *sum += add_uniform_products(by, grid, x + at, upstream + at, first, second, size,
-                                     room.data());
+        *sum += add_uniform_products(by, grid, x + at, upstream + at, first, second, size);
     }
     void end() {}
-    void write(long at, long size, const float* constant, const float* slope) {
-        uniform_slopes_line(by, grid, x + at, upstream + at, constant, slope, grad_x + at, size);
+    void write(long at, long size, const Line less) {
+        uniform_slopes_line(by, grid, x + at, upstream + at, nullptr, less, grad_x + at, size);
     }
 };
 
@@ -132,8 +125,8 @@ struct IntervalSlopes {
         parts.total(sums);
         sums[2 * (known->last + 1)] = static_cast<float>(codes);
     }
-    void write(long at, long size, const float* constant, const float* slope) {
-        slopes_line(by, x + at, grad_x + at, constant, slope, grad_x + at, size);
+    void write(long at, long size, const Line less) {
+        slopes_line(by, x + at, grad_x + at, less, grad_x + at, size);
     }
 };
 
@@ -153,9 +146,7 @@ void norm_slopes(const Lines& lines, const float* weight, const float* inverse, 
                     grad_weight, grad_bias);
     lines.each(threads, [&](long block, const auto each_line) {
         auto behind = slopes_of(block);
-        each_line([&](long at, long size) {
-            behind.write(at, size, pull.constant.data(), pull.slope.data());
-        });
+        each_line([&](long at, long size) { behind.write(at, size, pull.line()); });
     });
 }
 

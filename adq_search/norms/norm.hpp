@@ -29,9 +29,11 @@ struct Sums {
         std::vector<double> of_line(n), of_channel(2 * channels);
         for (long block = 0; block < lines.blocks; ++block)
             for (long j = 0; j < n; ++j) of_line[j] += parts[block * n + j];
-        for (long j = 0; j < lines.width; ++j) {
-            of_channel[j % channels] += of_line[j];
-            of_channel[channels + j % channels] += of_line[lines.width + j];
+        for (long begin = 0; begin < lines.width; begin += channels) {
+            for (long c = 0; c < channels; ++c) {
+                of_channel[c] += of_line[begin + c];
+                of_channel[channels + c] += of_line[lines.width + begin + c];
+            }
         }
         return of_channel;
     }
@@ -50,7 +52,7 @@ struct Norm {
 
     Norm(const Lines& lines, const float* weight, const float* bias, const float* means,
          const float* inverse)
-        : a(lines.channels), b(lines.channels), mean(lines.repeated({means, means + lines.channels})) {
+        : a(lines.channels), b(lines.channels), mean(lines.repeated(means)) {
         for (long c = 0; c < lines.channels; ++c) {
             a[c] = weight[c] * inverse[c];
             b[c] = bias[c] - means[c] * a[c];
@@ -63,18 +65,28 @@ struct Norm {
     }
 };
 
+// What a x + b is, before the clipping.
+template <class V>
+inline V open_at(const Clipped by, V x, long j) {
+    return x * at(by.a, j, x) + at(by.b, j, x);
+}
+
 template <class T>
-void clipped_line(const Clipped by, const T* __restrict x, T* __restrict y, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j)
-        store(y, j, clip(load(x, j) * by.a[j] + by.b[j], by.low, by.high));
+void clipped_line(const Clipped by, const T* x, T* y, long size) {
+    for_values(size, [=](long j, auto kind) {
+        set(y, j, clip(open_at(by, at(x, j, kind), j), by.low, by.high));
+    });
 }
 
 // The gradient to y where the clipping lets it through, else 0.
-template <class T>
-inline float let_through(const Clipped by, float x, const T* grad_y, long j) {
-    const float y = x * by.a[j] + by.b[j];
-    return (y > by.low) & (y < by.high) ? load(grad_y, j) : 0.0f;
+template <class V>
+inline V let_through(const Clipped by, V x, V grad_y, long j) {
+    return within(open_at(by, x, j), by.low, by.high, grad_y);
+}
+
+template <class V>
+inline void add_at(float* sums, long j, V values) {
+    set(sums, j, at(sums, j, values) + values);
 }
 
 template <class T>
@@ -88,36 +100,42 @@ std::vector<float> sample_mean(const T* x, const Lines& lines) {
 }
 
 template <class T>
-void add_moments(const float* __restrict near, const T* __restrict x, float* __restrict first,
-                 float* __restrict second, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j) {
-        const float distance = load(x, j) - near[j];
-        first[j] += distance;
-        second[j] += distance * distance;
-    }
+void add_moments(const float* near, const T* x, float* first, float* second, long size) {
+    for_values(size, [=](long j, auto kind) {
+        const auto distance = at(x, j, kind) - at(near, j, kind);
+        add_at(first, j, distance);
+        add_at(second, j, distance * distance);
+    });
 }
 
 template <class T>
-void add_products(const Clipped by, const T* __restrict x, const T* __restrict grad_y,
-                  float* __restrict first, float* __restrict second, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j) {
-        const float value = load(x, j), r = let_through(by, value, grad_y, j);
-        first[j] += r;
-        second[j] += r * (value - by.mean[j]);
-    }
+void add_products(const Clipped by, const T* x, const T* grad_y, float* first, float* second,
+                  long size) {
+    for_values(size, [=](long j, auto kind) {
+        const auto value = at(x, j, kind), r = let_through(by, value, at(grad_y, j, kind), j);
+        add_at(first, j, r);
+        add_at(second, j, r * (value - at(by.mean, j, kind)));
+    });
 }
 
-// dx = a r - constant - slope (x - mean). `grad_x` may be `grad_y`.
-template <class T>
-void slopes_line(const Clipped by, const T* x, const T* grad_y, const float* constant,
-                 const float* slope, T* grad_x, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j) {
-        const float value = load(x, j), r = let_through(by, value, grad_y, j);
-        store(grad_x, j, by.a[j] * r - constant[j] - slope[j] * (value - by.mean[j]));
+// dx = a r - constant - slope (x - mean), where gradients to x are less by the last two.
+struct Line {
+    const float *constant, *slope;
+
+    template <class V>
+    V slope_at(const Clipped by, V x, V r, long j) const {
+        return at(by.a, j, x) * r - at(constant, j, x) - at(slope, j, x) * (x - at(by.mean, j, x));
     }
+};
+
+// `grad_x` may be `grad_y`.
+template <class T>
+void slopes_line(const Clipped by, const T* x, const T* grad_y, const Line less, T* grad_x,
+                 long size) {
+    for_values(size, [=](long j, auto kind) {
+        const auto value = at(x, j, kind), r = let_through(by, value, at(grad_y, j, kind), j);
+        set(grad_x, j, less.slope_at(by, value, r, j));
+    });
 }
 
 // What the sums of a norm's backward pass say: gradients to its weight and bias, and what each
@@ -140,6 +158,7 @@ struct Pull {
         constant = lines.repeated(constant);
         slope = lines.repeated(slope);
     }
+    Line line() const { return {constant.data(), slope.data()}; }
 };
 
 }  // namespace

@@ -114,9 +114,8 @@ extern "C" void uniform_backward(long half, const void* values, const void* upst
         using T = decltype(kind);
         const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         T* to = static_cast<T*>(grad_values);
-        const std::vector<T> line(lines.width);
         norm_slopes(lines, weight, inverse, grad_weight, grad_bias, threads, [&](long block) {
-            return UniformSlopes<T>{by, grid, x, r, to, &parts[block], line};
+            return UniformSlopes<T>{by, grid, x, r, to, &parts[block]};
         });
     });
     double sum = 0.0;

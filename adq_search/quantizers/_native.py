@@ -13,7 +13,8 @@ from adq_search.native import NativeLibrary, laid_out_as
 
 #: The quantizers' arithmetic, for other passes too.
 HEADERS = [
-    Path(__file__).with_name(f"{name}.hpp") for name in ("blocks", "intervals", "adapter", "lines")
+    Path(__file__).with_name(f"{name}.hpp")
+    for name in ("lanes", "blocks", "intervals", "adapter", "lines")
 ]
 #: Arguments of each function; see `kernels.cpp`.
 LIBRARY = NativeLibrary(

@@ -11,10 +11,8 @@
 #include <cstring>
 #include <utility>
 #include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
+#include "lanes.hpp"
 #include "native.hpp"
 
 namespace {
@@ -22,12 +20,6 @@ namespace {
 constexpr long BLOCK = 4096;
 // Tables that neighbouring values are added to in turn, so that no sum waits for the one before.
 constexpr long N_TABLES = 8;
-// Vectors of the compiler's own arithmetic: 16 values, in whatever registers the processor has.
-constexpr long LANES = 16;
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
 // Values that are compared with all cuts at once.
 constexpr long STRIP = 4 * LANES;
 // Room for values of which the last strip may not be full.
@@ -42,91 +34,20 @@ constexpr long FEW_CUTS = 7;
 constexpr long FEW_CUTS = 127;
 #endif
 
-// Narrow integers as wide ones, and back; compilers take them one by one.
-inline ints widened(const uint8_t* from) {
-#ifdef __AVX512F__
-    return reinterpret_cast<ints>(
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#else
-    bytes narrow;
-    std::memcpy(&narrow, from, sizeof narrow);
-    return __builtin_convertvector(narrow, ints);
-#endif
-}
-
-inline ints widened(const uint16_t* from) {
-#ifdef __AVX512F__
-    return reinterpret_cast<ints>(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-#else
-    shorts narrow;
-    std::memcpy(&narrow, from, sizeof narrow);
-    return __builtin_convertvector(narrow, ints);
-#endif
-}
-
-inline void narrow(uint8_t* to, ints wide) {
-#ifdef __AVX512F__
-    const __m128i found = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(wide));
-#else
-    const bytes found = __builtin_convertvector(wide, bytes);
-#endif
-    std::memcpy(to, &found, sizeof found);
-}
-
-inline void narrow(uint16_t* to, ints wide) {
-#ifdef __AVX512F__
-    const __m256i found = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(wide));
-#else
-    const shorts found = __builtin_convertvector(wide, shorts);
-#endif
-    std::memcpy(to, &found, sizeof found);
-}
-
-inline floats lanes(const float* from) {
-    floats values;
-    std::memcpy(&values, from, sizeof values);
-    return values;
-}
-
-inline floats lanes(const bfloat16* from) {
-    return reinterpret_cast<floats>(widened(&from->bits) << 16);
-}
-
-inline void put(float* to, floats values) { std::memcpy(to, &values, sizeof values); }
-
-// As `store` does.
-inline void put(bfloat16* to, floats values) {
-    const ints bits = reinterpret_cast<ints>(values);
-    const ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    narrow(&to->bits, values == values ? rounded : 0x7fc0 + ints{});
-}
-
-// Halves are added to each other: no addition waits for fifteen others.
-inline float sum_of(floats values) {
-    for (long width = LANES / 2; width > 0; width /= 2)
-        for (long j = 0; j < width; ++j) values[j] += values[j + width];
-    return values[0];
-}
-
 // The step in use: `positive_step` of `_through.py`.
 inline float positive(float raw, float smallest) {
     const float magnitude = std::fabs(raw);
     return magnitude < smallest ? smallest : magnitude;
 }
 
-inline float clip(float z, float low, float high) {
-    z = z < low ? low : z;
-    return z > high ? high : z;
-}
-
 // ---- LSQ and ASQ: [Esser2020] Eqs. 1-3 and 5, [Zhou2025] Eqs. 5-7 ----
 
 template <class T>
-void uniform_block(const T* __restrict v, float s, float n, float p, T* __restrict out, long size) {
-#pragma omp simd
-    for (long i = 0; i < size; ++i)
-        store(out, i, std::nearbyint(clip(load(v, i) / s, n, p)) * s);
+void uniform_block(const T* v, float s, float n, float p, T* out, long size) {
+    const float per_s = 1.0f / s;
+    for_values(size, [=](long i, auto kind) {
+        set(out, i, nearest(clip(quotient(at(v, i, kind), s, per_s), n, p)) * s);
+    });
 }
 
 // The step and the codes' range that gradients need. Divisions would take as long as memory does: a
@@ -137,33 +58,29 @@ struct Grid {
     Grid(float s, float n, float p) : n(n), p(p), low(n * s), high(p * s), per_step(1.0f / s) {}
 };
 
-// The gradient to a value where the quantizer lets it through; its part of the gradient to the step
-// is added to `sum`.
-inline float through_grid(const Grid grid, float value, float upstream, float& sum) {
-    const float z = clip(value * grid.per_step, grid.n, grid.p);
-    const float inside = (value > grid.low) & (value < grid.high) ? 1.0f : 0.0f;
-    sum += (std::nearbyint(z) - inside * z) * upstream;
-    return upstream * inside;
+// Of a value, the part of its gradient to the step.
+template <class V>
+inline V step_part(const Grid grid, V value, V upstream) {
+    const V z = clip(value * grid.per_step, grid.n, grid.p);
+    return (nearest(z) - within(value, grid.low, grid.high, z)) * upstream;
 }
 
 // Gradients to a block of values; returns its part of the gradient to the step.
 template <class T>
-float uniform_slopes(const T* __restrict v, const T* __restrict upstream, const Grid grid,
-                     T* __restrict grad_v, long size) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < size; ++i)
-        store(grad_v, i, through_grid(grid, load(v, i), load(upstream, i), sum));
-    return sum;
+float uniform_slopes(const T* v, const T* upstream, const Grid grid, T* grad_v, long size) {
+    return sum_over(size, [=](long i, auto kind) {
+        const auto value = at(v, i, kind), r = at(upstream, i, kind);
+        set(grad_v, i, within(value, grid.low, grid.high, r));
+        return step_part(grid, value, r);
+    });
 }
 
 // The latter alone.
 template <class T>
-float step_slope(const T* __restrict v, const T* __restrict upstream, const Grid grid, long size) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < size; ++i) through_grid(grid, load(v, i), load(upstream, i), sum);
-    return sum;
+float step_slope(const T* v, const T* upstream, const Grid grid, long size) {
+    return sum_over(size, [=](long i, auto kind) {
+        return step_part(grid, at(v, i, kind), at(upstream, i, kind));
+    });
 }
 
 // ---- Sorted levels and cuts ----
@@ -357,11 +274,10 @@ Cuts between(const float* levels, long n_levels) {
 
 // Sum tables of blocks: # shape: (blocks, n) to (n,).
 void total_of(const std::vector<float>& parts, long n, float* sums) {
-    for (long k = 0; k < n; ++k) {
-        double sum = 0.0;
-        for (size_t i = k; i < parts.size(); i += n) sum += parts[i];
-        sums[k] = static_cast<float>(sum);
-    }
+    std::vector<double> total(n);
+    for (size_t begin = 0; begin < parts.size(); begin += n)
+        for (long k = 0; k < n; ++k) total[k] += parts[begin + k];
+    for (long k = 0; k < n; ++k) sums[k] = static_cast<float>(total[k]);
 }
 
 // ---- POT, POST and root-r: [Zhou2025] Eqs. 3 and 17 ----

@@ -38,39 +38,27 @@ void sum_rows(const std::vector<float>& parts, long rows, long by_row, const flo
 }
 
 template <class T>
-void clip_block(const T* __restrict v, float low, float high, T* __restrict out, long size) {
-#pragma omp simd
-    for (long i = 0; i < size; ++i) store(out, i, clip(load(v, i), low, high));
-}
-
-// Values are added to sums by their place in the line.
-template <class T>
-void add_line(const T* __restrict y, float* __restrict sum, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j) sum[j] += load(y, j);
+void clip_block(const T* v, float low, float high, T* out, long size) {
+    for_values(size, [=](long i, auto kind) { set(out, i, clip(at(v, i, kind), low, high)); });
 }
 
 // Gradients through uniform quantization, and shares of the place in the line.
 template <class T>
-void shared_line(const Grid grid, const T* __restrict y, const T* __restrict upstream,
-                 const float* __restrict share, T* __restrict grad, long size) {
-#pragma omp simd
-    for (long j = 0; j < size; ++j) {
-        const float value = load(y, j);
-        const float r = (value > grid.low) & (value < grid.high) ? load(upstream, j) : 0.0f;
-        store(grad, j, r + share[j]);
-    }
+void shared_line(const Grid grid, const T* y, const T* upstream, const float* share, T* grad,
+                 long size) {
+    for_values(size, [=](long j, auto kind) {
+        const auto r = within(at(y, j, kind), grid.low, grid.high, at(upstream, j, kind));
+        set(grad, j, r + at(share, j, kind));
+    });
 }
 
 // Add the gradient that reaches clipped values by another way, and let both through the clipping.
 template <class T>
-void join_block(const T* __restrict v, const T* __restrict beside, float low, float high,
-                T* __restrict grad, long size) {
-#pragma omp simd
-    for (long i = 0; i < size; ++i) {
-        const float value = load(v, i), both = load(grad, i) + load(beside, i);
-        store(grad, i, (value > low) & (value < high) ? both : 0.0f);
-    }
+void join_block(const T* v, const T* beside, float low, float high, T* grad, long size) {
+    for_values(size, [=](long i, auto kind) {
+        const auto both = at(grad, i, kind) + at(beside, i, kind);
+        set(grad, i, within(at(v, i, kind), low, high, both));
+    });
 }
 
 }  // namespace
@@ -273,7 +261,7 @@ extern "C" void adaptive_backward(
         all.each(threads, [&](long sample, const auto each_line) {
             const Grid grid(steps[sample], *qmin, *qmax);
             const float* own = shares.data() + sample * channels;
-            const std::vector<float> share = all.lines.repeated({own, own + channels});
+            const std::vector<float> share = all.lines.repeated(own);
             each_line([&](long at, long size) {
                 shared_line(grid, y + at, r + at, share.data(), to + at, size);
                 if (other) join_block(y + at, other + at, low, high, to + at, size);

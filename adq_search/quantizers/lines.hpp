@@ -18,6 +18,12 @@ namespace {
 constexpr long WIDTH = 512;
 constexpr long VALUES_OF_BLOCK = 32768;
 
+// Values are added to sums by their place in the line.
+template <class T>
+void add_line(const T* y, float* sum, long size) {
+    for_values(size, [=](long j, auto kind) { set(sum, j, at(sum, j, kind) + at(y, j, kind)); });
+}
+
 struct Lines {
     long channels, pixels, size, width, in_block, blocks;
 
@@ -27,10 +33,15 @@ struct Lines {
         blocks = (size + in_block - 1) / in_block;
     }
 
-    std::vector<float> repeated(const std::vector<float>& of_channels) const {
+    // Figures of the channels for each place in a line.
+    std::vector<float> repeated(const float* of_channels) const {
         std::vector<float> of_line(width);
-        for (long j = 0; j < width; ++j) of_line[j] = of_channels[j % channels];
+        for (long begin = 0; begin < width; begin += channels)
+            std::copy(of_channels, of_channels + channels, of_line.begin() + begin);
         return of_line;
+    }
+    std::vector<float> repeated(const std::vector<float>& of_channels) const {
+        return repeated(of_channels.data());
     }
 
     // Call `work(block, lines)` for each block, where `lines(use)` calls `use(begin, size)` for each
@@ -83,12 +94,13 @@ struct Samples {
         for (long sample = 0; sample < n; ++sample)
             work(sample, [=](const auto use) { lines_of(sample, use); });
     }
-    // Sums of a line's places by channel.
-    void fold(const std::vector<float>& of_line, float* of_channels) const {
-        std::vector<double> sums(lines.channels);
-        for (long begin = 0; begin < lines.width; begin += lines.channels)
-            for (long c = 0; c < lines.channels; ++c) sums[c] += of_line[begin + c];
-        for (long c = 0; c < lines.channels; ++c) of_channels[c] = static_cast<float>(sums[c]);
+    // Sums of a line's places by channel; of pixels, halves are added to each other while they are even.
+    void fold(std::vector<float>& of_line, float* of_channels) const {
+        long n = lines.width;
+        for (; n % (2 * lines.channels) == 0; n /= 2) add_line(of_line.data() + n / 2, of_line.data(), n / 2);
+        for (long at = lines.channels; at < n; at += lines.channels)
+            add_line(of_line.data() + at, of_line.data(), lines.channels);
+        std::copy(of_line.begin(), of_line.begin() + lines.channels, of_channels);
     }
 };
 
