@@ -1,8 +1,8 @@
 """Convolutions in two dimensions whose gradients are fast in bfloat16 too.
 
-oneDNN takes reference code for the gradients of some depthwise convolutions in bfloat16, fifty
-times as slow as in float32 (`results/qat_step/README.md`): those of strided ones, and of kernels
-above 3. They are taken in float32 here.
+oneDNN takes reference code for some gradients of depthwise convolutions in bfloat16, up to fifty
+times as slow as in float32 (`results/qat_step/README.md`): those to the inputs of strided ones, and
+those to the weights of kernels above 3. They are taken in float32 here.
 """
 
 from __future__ import annotations
@@ -76,14 +76,23 @@ class _Depthwise(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         values, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        upstream = gradients[0].float()
-        to_values, to_weight, _ = torch.ops.aten.convolution_backward(
-            *(upstream, values.float(), weight.float(), None, stride, padding, dilation),
-            *(False, (0, 0), groups, (*ctx.needs_input_grad[:2], False)),
-        )
-        return (
-            None if to_values is None else to_values.to(values.dtype),
-            None if to_weight is None else to_weight.to(weight.dtype),
-            None if ctx.bias_dtype is None else upstream.sum(dim=(0, 2, 3)).to(ctx.bias_dtype),
-            None,
-        )
+        rest = (None, stride, padding, dilation, False, (0, 0), groups)
+        upstream = gradients[0]
+        to_values = to_weight = None
+        if ctx.needs_input_grad[0]:
+            dtype = torch.float32 if max(stride) > 1 else torch.bfloat16
+            # Of the values, only the shape counts.
+            like = torch.empty_like(values, dtype=dtype)
+            given = (upstream.to(dtype), like, weight.to(dtype))
+            to_values = _gradients(*given, *rest, (True, False, False))[0].to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            dtype = torch.float32 if max(weight.shape[2:]) > 3 else torch.bfloat16
+            given = (upstream.to(dtype), values.to(dtype), weight.to(dtype))
+            to_weight = _gradients(*given, *rest, (False, True, False))[1].to(weight.dtype)
+        to_bias = None
+        if ctx.bias_dtype is not None:
+            to_bias = upstream.float().sum(dim=(0, 2, 3)).to(ctx.bias_dtype)
+        return to_values, to_weight, to_bias, None
+
+
+_gradients = torch.ops.aten.convolution_backward

@@ -161,9 +161,14 @@ inline floats quotient(floats v, float s, float per_s) {
 // What is read after `put` wrote it.
 inline floats as_stored(floats values, const float*) { return values; }
 inline floats as_stored(floats values, const bfloat16*) {
+#ifdef __AVX512BF16__
+    const __m256i kept = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(raw(values)));
+    return reinterpret_cast<floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(kept), 16));
+#else
     bfloat16 kept[LANES];
     put(kept, values);
     return lanes(kept);
+#endif
 }
 #endif
 
