@@ -22,7 +22,7 @@ Maker = Callable[[], Tensor]
 
 def mark_made(values: Tensor, make: Maker) -> Tensor:
     """Say how what a quantizer returned is made again; return it."""
-    if not torch.compiler.is_compiling():
+    if values.requires_grad and not torch.compiler.is_compiling():
         # Tensors take attributes, of which torch's annotations know nothing.
         values.made_by = make  # type: ignore[attr-defined]
     return values
