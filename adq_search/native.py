@@ -1,6 +1,6 @@
 """Passes over memory in C++, for CPU tensors: built when first needed, tensor operations otherwise.
 
-A library is built with the machine's C++ compiler, which takes about two seconds, and kept on disk
+A library is built with the machine's C++ compiler, which takes seconds, and kept on disk
 (`$XDG_CACHE_HOME/adq_search`, by default `~/.cache/adq_search`) for every later process.
 `ADQ_SEARCH_COMPILE` says which form of the arithmetic runs:
 

@@ -2,7 +2,7 @@
 
 Behind a residual addition a ReLU is read by the next layer, which quantizes it, and by the next
 shortcut. Apart, the backward pass goes over memory nine times: through the quantizer, for the sum
-with what comes by the shortcut, through the ReLU. Here it does so four times, seven for ASQ.
+with what comes by the shortcut, through the ReLU. Here it does so four times, six for ASQ.
 """
 
 from __future__ import annotations

@@ -84,11 +84,6 @@ inline V let_through(const Clipped by, V x, V grad_y, long j) {
     return within(open_at(by, x, j), by.low, by.high, grad_y);
 }
 
-template <class V>
-inline void add_at(float* sums, long j, V values) {
-    set(sums, j, at(sums, j, values) + values);
-}
-
 template <class T>
 std::vector<float> sample_mean(const T* x, const Lines& lines) {
     const long some = std::min(lines.pixels, SAMPLE);

@@ -39,30 +39,24 @@ CLIPPED = NativeFunction(
     ],
 )
 
-_FOLLOWED = "weights codebook momentum", "n_levels twice n_weights threads"
+
+def _codebook(*then: str) -> NativeFunction:
+    return NativeFunction(
+        LIBRARY,
+        inputs="weights codebook momentum",
+        numbers="n_levels n_sums n_weights threads",
+        rooms={"out": "like weights", "sums": "floats n_sums"},
+        outputs="out",
+        forward=["codebook weights codebook n_levels out sums n_weights threads", *then],
+        passed={"weights": "out"},
+    )
+
+
 #: `codebook`, whose gradient passes to the weights unchanged.
-CODEBOOK = NativeFunction(
-    LIBRARY,
-    inputs=_FOLLOWED[0],
-    numbers=_FOLLOWED[1],
-    rooms={"out": "like weights", "sums": "floats twice"},
-    outputs="out",
-    forward=["codebook weights codebook n_levels out sums n_weights threads"],
-    passed={"weights": "out"},
-)
+CODEBOOK = _codebook()
 #: The same; then the codebook follows the weights.
-FOLLOWING_CODEBOOK = NativeFunction(
-    LIBRARY,
-    inputs=_FOLLOWED[0],
-    numbers=_FOLLOWED[1],
-    rooms={"out": "like weights", "sums": "floats twice"},
-    outputs="out",
-    forward=[
-        "codebook weights codebook n_levels out sums n_weights threads",
-        "follow codebook sums momentum n_levels",
-    ],
-    passed={"weights": "out"},
-)
+FOLLOWING_CODEBOOK = _codebook("follow codebook sums momentum n_levels")
+
 #: N2UQ's trained parameters; as they are used; their gradients. For norms too.
 TRAINED = "start widths in_scale out_scale"
 USED_INTERVALS = f"used_intervals {TRAINED} n_cuts narrowest smallest a knots cuts slopes beta step"

@@ -18,10 +18,15 @@ namespace {
 constexpr long WIDTH = 512;
 constexpr long VALUES_OF_BLOCK = 32768;
 
+template <class V>
+inline void add_at(float* sums, long j, V values) {
+    set(sums, j, at(sums, j, values) + values);
+}
+
 // Values are added to sums by their place in the line.
 template <class T>
 void add_line(const T* y, float* sum, long size) {
-    for_values(size, [=](long j, auto kind) { set(sum, j, at(sum, j, kind) + at(y, j, kind)); });
+    for_values(size, [=](long j, auto kind) { add_at(sum, j, at(y, j, kind)); });
 }
 
 struct Lines {
