@@ -43,8 +43,9 @@ class NativeFunction:
         *libraries: Hold the functions; of two of one name, the first one's is called.
         inputs: Names of the tensors that come in.
         numbers: Names of the numbers that come in.
-        rooms: Tensors that the passes write, besides gradients to inputs: `like X`, `bytes like X`,
-            or `floats N M` for float32, # shape: (N, M), with names of numbers.
+        rooms: Tensors that the passes write: `like X`, `bytes like X`, or `floats N M` for float32,
+            # shape: (N, M), with names of numbers. What they are like in the backward pass is kept
+            for it. Gradients to inputs are like those, if not said otherwise.
         outputs: Names of those returned. Only through those whose gradient is used does one flow.
         forward: Its calls.
         backward: Its calls.
@@ -68,9 +69,8 @@ class NativeFunction:
         self.outputs = outputs.split()
         self.forward = [call.split() for call in forward]
         self.backward = [call.split() for call in backward]
-        self._rooms = {name: room.split() for name, room in rooms.items()}
-        grads = [f"grad_{name}" for name in self._inputs]
-        self._rooms |= {name: ["like", name.removeprefix("grad_")] for name in grads}
+        grads = {f"grad_{name}": f"like {name}" for name in self._inputs}
+        self._rooms = {name: room.split() for name, room in {**grads, **rooms}.items()}
         written = {name for call in self.forward for name in call}
         needed = {name for call in self.backward for name in call}
         #: Names of the tensors that each pass makes.

@@ -159,6 +159,13 @@ def test_every_call_names_as_many_arguments_as_its_function_takes(name):
         assert function.library(call).address(call) > 0
 
 
+@pytest.mark.parametrize("name", [name for name in EACH if name.startswith("RECTIFIED")])
+def test_what_was_clipped_is_kept_and_not_what_came_in(name):
+    places = EACH[name].tensors
+    assert places["y"] in EACH[name].kept
+    assert not {places["values"], places["out"]} & set(EACH[name].kept)
+
+
 def test_a_call_that_lacks_an_argument_is_refused():
     short = NativeFunction(
         _native.LIBRARY,

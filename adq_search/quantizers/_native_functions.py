@@ -88,12 +88,14 @@ THRESHOLDS = NativeFunction(
     ],
 )
 
+#: Nothing like the values themselves: they would be kept for the backward pass.
+RECTIFIED_ROOMS = {"y": "like values", "out": "like y", "grad_values": "like y"}
 #: A clipping and `uniform` behind it; what was clipped is returned too.
 RECTIFIED_UNIFORM = NativeFunction(
     LIBRARY,
     inputs="values raw qmin qmax",
     numbers="low high smallest scale rows columns threads",
-    rooms={"y": "like values", "out": "like values"},
+    rooms=RECTIFIED_ROOMS,
     outputs="y out",
     forward=["rectified_uniform values low high raw smallest qmin qmax y out rows columns threads"],
     backward=[
@@ -106,10 +108,7 @@ RECTIFIED_THRESHOLDS = NativeFunction(
     LIBRARY,
     inputs=f"values qmin {TRAINED}",
     numbers=f"low high {INTERVAL_NUMBERS} n_values threads",
-    rooms={
-        **{"y": "like values", "out": "like values", "index": "bytes like values"},
-        **INTERVAL_ROOMS,
-    },
+    rooms={**RECTIFIED_ROOMS, "index": "bytes like values", **INTERVAL_ROOMS},
     outputs="y out index",
     forward=[
         USED_INTERVALS,
@@ -153,7 +152,7 @@ RECTIFIED_ADAPTIVE = NativeFunction(
     LIBRARY,
     inputs=f"values {ADAPTER_INPUTS}",
     numbers=f"low high {ADAPTER_NUMBERS}",
-    rooms={"y": "like values", "out": "like values", **ADAPTED_ROOMS},
+    rooms={**RECTIFIED_ROOMS, **ADAPTED_ROOMS},
     outputs="y out steps",
     forward=[f"adaptive values low high {ADAPTED} y {FOUND} out {BY_SAMPLE}"],
     backward=[
