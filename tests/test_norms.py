@@ -12,6 +12,7 @@ from adq_search.convert import apply_policy_
 from adq_search.errors import QuantizerError
 from adq_search.norms import EVERYTHING, FusedNorm, Reader, find_readers, fused_norms
 from adq_search.policy import LayerPrecision, Policy
+from adq_search.quantizers import AsqInput
 from adq_search.tasks import load_task
 from adq_search.tasks.networks import small_resnet
 from adq_search.training import TrainingSettings, fit
@@ -367,3 +368,20 @@ def test_a_training_run_traces_the_network_as_it_trains():
     fit(network, load_task("digits"), TrainingSettings(epochs=1, batch_size=512), seed=0)
     assert Reader() in network.seen
     assert type(network.norm) is nn.BatchNorm2d
+
+
+def test_other_channels_are_refused_by_torch_and_not_read():
+    norm = nn.Sequential(nn.BatchNorm2d(8)).train()
+    few = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    with fused_norms(norm), pytest.raises(RuntimeError, match="8 elements|channels|running_mean"):
+        norm(few)
+
+
+@pytest.mark.parametrize(("channel_dim", "n_channels"), [(-1, 5), (-1, 16), (-3, 4)])
+def test_asq_of_other_channels_is_refused_by_torch_and_not_read(channel_dim, n_channels):
+    quantizer = AsqInput(4, n_channels=8, channel_dim=channel_dim).train()
+    shape = (3, 8) if channel_dim == -1 else (3, 8, 5, 5)
+    quantizer.initialize_(torch.rand(shape))
+    wrong = torch.rand((3, n_channels) if channel_dim == -1 else (3, n_channels, 5, 5))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        quantizer(wrong.to(memory_format=torch.channels_last) if wrong.ndim == 4 else wrong)

@@ -70,12 +70,15 @@ class FusedNorm(nn.BatchNorm2d):
             or running_mean is None
             or running_variance is None
             or not self.affine
+            # torch says what is wrong with other channels.
+            or input.ndim != 4
+            or input.shape[1] != self.num_features
             or not _takes(input, running_mean, running_variance, self.weight, self.bias)
         ):
             return super().forward(input)
         passes, quantizer = self.reader.passes, self.reader.quantizer
         norm = _passes.Norm(running_mean, running_variance, self._follow(), self.eps, passes)
-        if quantizer is None or not _passes.fuses(quantizer):
+        if quantizer is None or not _passes.fuses(quantizer, self.num_features):
             out = _passes.normalized(input, self.weight, self.bias, norm)
         else:
             out = _passes.normalized(input, self.weight, self.bias, norm, quantizer)
@@ -136,4 +139,4 @@ def _takes(values: Tensor, *parameters: Tensor) -> bool:
 
 
 def _fuses(values: Tensor, quantizer: InputQuantizer) -> bool:
-    return _takes(values, *quantizer.parameters()) and _passes.fuses(quantizer)
+    return _takes(values, *quantizer.parameters()) and _passes.fuses(quantizer, values.shape[1])

@@ -163,10 +163,11 @@ class Norm:
         return self.follow, self.eps, *self.passes, *sizes
 
 
-def fuses(quantizer: InputQuantizer | None) -> bool:
-    """Whether a quantizer behind a norm runs in the norm's passes."""
+def fuses(quantizer: InputQuantizer | None, n_channels: int) -> bool:
+    """Whether a quantizer behind a norm of so many channels runs in the norm's passes."""
     if isinstance(quantizer, AsqInput) and not (
         quantizer.is_adaptive
+        and quantizer.n_channels == n_channels
         and quantizer.channel_dim == -3
         and all(is_plain(parameter) for parameter in quantizer.parameters())
     ):

@@ -168,7 +168,8 @@ class AsqInput(InputQuantizer):
             means: Channel means, # shape: (N, C)
         """
         adapter = tuple(self.adapter.parameters())
-        if _native.takes(means, self.step, *adapter):
+        # Other channels than the adapter's are torch's to refuse.
+        if means.shape[-1] == self.n_channels and _native.takes(means, self.step, *adapter):
             steps, beta, *activations = _native.adapted_steps(
                 means, self.step, EPS, adapter, SMALLEST_FACTOR
             )
@@ -234,9 +235,14 @@ class AsqInput(InputQuantizer):
         return mark_made(out, partial(uniform_values, values, steps, self.qmin, self.qmax, None))
 
     def _lies_by_pixels(self, values: Tensor) -> bool:
-        """Whether each sample is in one piece, and in it the channels of each pixel."""
+        """Whether each sample is in one piece, and in it the channels of each pixel.
+
+        Values with other channels than the adapter's are left to torch, which says what is wrong.
+        """
+        if values.ndim <= -self.channel_dim or values.shape[self.channel_dim] != self.n_channels:
+            return False
         if self.channel_dim == -1:
-            return values.ndim > 1 and values.is_contiguous()
+            return values.is_contiguous()
         is_image = self.channel_dim == -3 and values.ndim == 4
         return is_image and values.is_contiguous(memory_format=torch.channels_last)
 

@@ -149,7 +149,7 @@ inline floats within(floats value, float low, float high, floats then) {
 }
 
 // A division takes as long as ten products. One step of Newton's from v (1 / s) ends at the quotient
-// to the last bit [Markstein1990], short of overflow, and beyond 2^20 no code depends on that.
+// to the last bit (Markstein, IBM J. Res. Dev. 34, 1990), short of overflow, and beyond 2^20 no code depends on that.
 inline floats quotient(floats v, float s, float per_s) {
     const __m512 by = _mm512_set1_ps(per_s), near = _mm512_mul_ps(raw(v), by);
     const __m512 rest = _mm512_fnmadd_ps(near, _mm512_set1_ps(s), raw(v));
