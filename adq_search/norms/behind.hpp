@@ -103,22 +103,18 @@ struct IntervalSlopes {
     T* grad_x;
     float* sums;
     std::vector<T> y;
-    std::vector<float> r, moment;
-    std::vector<int32_t> interval;
     IntervalSums parts;
     double codes = 0.0;
 
     IntervalSlopes(const Clipped by, const Intervals& known, const T* x, const T* upstream,
                    const uint8_t* index, T* grad_x, float* sums, long width)
         : by(by), known(&known), x(x), upstream(upstream), index(index), grad_x(grad_x), sums(sums),
-          y(width), r(strips(width)), moment(strips(width)), interval(strips(width)),
-          parts(known.last + 1) {}
+          y(width), parts(known.last + 1) {}
 
     void add(long at, long size, float* first, float* second) {
         clipped_line(by, x + at, y.data(), size);
-        codes += interval_slopes(*known, y.data(), upstream + at, index + at, grad_x + at, r.data(),
-                                 moment.data(), interval.data(), size);
-        parts.add(r.data(), moment.data(), interval.data(), size);
+        codes += interval_slopes(*known, y.data(), upstream + at, index + at, grad_x + at, parts,
+                                 size);
         add_products(by, x + at, grad_x + at, first, second, size);
     }
     void end() {

@@ -12,10 +12,7 @@ from torch import Tensor
 from adq_search.native import NativeLibrary, laid_out_as
 
 #: The quantizers' arithmetic, for other passes too.
-HEADERS = [
-    Path(__file__).with_name(f"{name}.hpp")
-    for name in ("lanes", "blocks", "intervals", "adapter", "lines")
-]
+HEADERS = sorted(Path(__file__).parent.glob("*.hpp"))
 #: Arguments of each function; see `kernels.cpp`.
 LIBRARY = NativeLibrary(
     Path(__file__).with_name("kernels.cpp"),

@@ -126,17 +126,14 @@ extern "C" void uniform_backward(long half, const void* values, const void* upst
 extern "C" void clipped(long half, const void* values, const float* raw, long by_row, float smallest,
                         const float* levels, long n_levels, void* out, long rows, long columns,
                         long threads) {
-    const Cuts cuts = between(levels, n_levels);
-    typed(half, [=, &cuts](auto kind) {
+    const Levels table(levels, n_levels);
+    typed(half, [=, &table](auto kind) {
         using T = decltype(kind);
         const T* v = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
-        for_blocks(rows, columns, threads, [=, &cuts](long, long row, long at, long size) {
-            float z[BLOCK], q[BLOCK];
-            int32_t index[BLOCK];
+        for_blocks(rows, columns, threads, [=, &table](long, long row, long at, long size) {
             const float alpha = positive(raw[by_row ? row : 0], smallest);
-            nearest_block(v + at, alpha, levels, cuts, z, q, index, size);
-            scaled_block(q, alpha, to + at, size);
+            nearest_block(v + at, alpha, table, to + at, size);
         });
     });
 }
@@ -147,17 +144,14 @@ extern "C" void clipped_backward(long half, const void* values, const void* upst
                                  long rows, long columns, long threads) {
     std::vector<float> parts(rows * blocks_of(columns));
     float* part = parts.data();
-    const Cuts cuts = between(levels, n_levels);
-    typed(half, [=, &cuts](auto kind) {
+    const Levels table(levels, n_levels);
+    typed(half, [=, &table](auto kind) {
         using T = decltype(kind);
         const T *v = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         T* to = static_cast<T*>(grad_values);
-        for_blocks(rows, columns, threads, [=, &cuts](long block, long row, long at, long size) {
-            float z[BLOCK], q[BLOCK];
-            int32_t index[BLOCK];
+        for_blocks(rows, columns, threads, [=, &table](long block, long row, long at, long size) {
             const float alpha = positive(raw[by_row ? row : 0], smallest);
-            nearest_block(v + at, alpha, levels, cuts, z, q, index, size);
-            part[block] = clipped_slopes(z, q, r + at, to + at, size);
+            part[block] = nearest_slopes(v + at, r + at, alpha, table, to + at, size);
         });
     });
     sum_rows(parts, rows, by_row, raw, scale, sums);
@@ -169,25 +163,15 @@ extern "C" void codebook(long half, const void* weights, const float* levels, lo
     const long n_sums = 2 * n_levels;
     std::vector<float> parts(n_sums * blocks_of(n_values));
     float* part = parts.data();
-    const Cuts cuts = between(levels, n_levels);
-    typed(half, [=, &cuts](auto kind) {
+    const Levels table(levels, n_levels);
+    typed(half, [=, &table](auto kind) {
         using T = decltype(kind);
         const T* w = static_cast<const T*>(weights);
         T* to = static_cast<T*>(out);
-        for_blocks(1, n_values, threads, [=, &cuts](long block, long, long at, long size) {
-            float z[BLOCK], q[BLOCK];
-            int32_t index[BLOCK];
-            nearest_block(w + at, 1.0f, levels, cuts, z, q, index, size);
-            scaled_block(q, 1.0f, to + at, size);
-            float error[BLOCK], one[BLOCK];
-            int32_t interval[BLOCK];
-            for (long i = 0; i < size; ++i) {
-                error[i] = z[i] - q[i];
-                one[i] = 1.0f;
-                interval[i] = z[i] == z[i] ? index[i] + 1 : 0;
-            }
-            for (long i = size; i % STRIP != 0; ++i) interval[i] = 0;
-            sums_by_interval(error, one, interval, n_levels, part + n_sums * block, size);
+        for_blocks(1, n_values, threads, [=, &table](long block, long, long at, long size) {
+            IntervalSums found(n_levels);
+            codebook_block(w + at, table, to + at, found, size);
+            found.total(part + n_sums * block);
         });
     });
     total_of(parts, n_sums, sums);
@@ -337,12 +321,11 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
         const T* other = static_cast<const T*>(beside);
         T* to = static_cast<T*>(grad_values);
         for_blocks(1, n_values, threads, [=, &known](long block, long, long at, long size) {
-            float r[BLOCK], moment[BLOCK];
-            int32_t interval[BLOCK];
+            IntervalSums found(n_knots);
             float* own = part + n_sums * block;
-            own[n_sums - 1] = interval_slopes(known, x + at, gradient + at, index + at, to + at, r,
-                                              moment, interval, size);
-            sums_by_interval(r, moment, interval, n_knots, own, size);
+            own[n_sums - 1] = interval_slopes(known, x + at, gradient + at, index + at, to + at,
+                                              found, size);
+            found.total(own);
             if (other) join_block(x + at, other + at, low, high, to + at, size);
         });
     });

@@ -21,9 +21,7 @@ struct Places {
 
     long pieces_in_row() const { return (columns + BLOCK - 1) / BLOCK; }
     long pieces() const { return rows * pieces_in_row(); }
-    // Of a full piece in a buffer of whole strips.
-    long padded() const { return strips(columns < BLOCK ? columns : BLOCK); }
-    long pieces_in_chunk() const { return padded() < BLOCK ? BLOCK / padded() : 1; }
+    long pieces_in_chunk() const { return columns < BLOCK ? BLOCK / columns : 1; }
     long chunks() const { return (pieces() + pieces_in_chunk() - 1) / pieces_in_chunk(); }
 };
 
@@ -85,19 +83,13 @@ struct Steps {
     }
 };
 
-// Sorted tables of different lengths, one a slot.
-struct LevelTables {
-    const float* levels;
-    const int64_t* counts;
-    long room;
-
-    const float* of(long j) const { return levels + j * room; }
-    std::vector<Cuts> cuts(long n_slots) const {
-        std::vector<Cuts> found;
-        for (long j = 0; j < n_slots; ++j) found.push_back(between(of(j), counts[j]));
-        return found;
-    }
-};
+// Of sorted tables of different lengths, with `room` for each.
+std::vector<Levels> levels_of_slots(const float* levels, const int64_t* counts, long room,
+                                    long n_slots) {
+    std::vector<Levels> found;
+    for (long j = 0; j < n_slots; ++j) found.emplace_back(levels + j * room, counts[j]);
+    return found;
+}
 
 }  // namespace
 
@@ -165,18 +157,14 @@ extern "C" void clipped(long half, const void* values, const int64_t* numbers, c
                         void* out, long threads) {
     const Places places(numbers);
     const Steps steps = {raw, 1, places.rows, smallest};
-    const LevelTables tables = {levels, counts, room};
-    const auto cuts = tables.cuts(places.n_slots);
-    typed(half, [=, &cuts](auto kind) {
+    const auto tables = levels_of_slots(levels, counts, room, places.n_slots);
+    typed(half, [=, &tables](auto kind) {
         using T = decltype(kind);
         const T* v = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
-        for_pieces(places, threads, [=, &cuts](long j, long, const Piece& piece) {
-            float z[BLOCK], q[BLOCK];
-            int32_t index[BLOCK];
+        for_pieces(places, threads, [=, &tables](long j, long, const Piece& piece) {
             const float alpha = steps.at(j, piece.row);
-            nearest_block(v + piece.at, alpha, tables.of(j), cuts[j], z, q, index, piece.size);
-            scaled_block(q, alpha, to + piece.at, piece.size);
+            nearest_block(v + piece.at, alpha, tables[j], to + piece.at, piece.size);
         });
     });
 }
@@ -187,21 +175,17 @@ extern "C" void clipped_backward(long half, const void* values, const int64_t* n
                                  void* grad_values, float* grad_raw, long threads) {
     const Places places(numbers);
     const Steps steps = {raw, 1, places.rows, smallest};
-    const LevelTables tables = {levels, counts, room};
-    const auto cuts = tables.cuts(places.n_slots);
+    const auto tables = levels_of_slots(levels, counts, room, places.n_slots);
     std::vector<float> parts(places.n_slots * places.pieces());
     float* part = parts.data();
-    typed(half, [=, &cuts](auto kind) {
+    typed(half, [=, &tables](auto kind) {
         using T = decltype(kind);
         const T *v = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         T* to = static_cast<T*>(grad_values);
-        for_pieces(places, threads, [=, &cuts](long j, long p, const Piece& piece) {
-            float z[BLOCK], q[BLOCK];
-            int32_t index[BLOCK];
+        for_pieces(places, threads, [=, &tables](long j, long p, const Piece& piece) {
             const float alpha = steps.at(j, piece.row);
-            nearest_block(v + piece.at, alpha, tables.of(j), cuts[j], z, q, index, piece.size);
-            part[j * places.pieces() + p] =
-                clipped_slopes(z, q, r + piece.at, to + piece.at, piece.size);
+            part[j * places.pieces() + p] = nearest_slopes(v + piece.at, r + piece.at, alpha,
+                                                           tables[j], to + piece.at, piece.size);
         });
     });
     steps.sum(parts, places, [=](long) { return scale; }, grad_raw);
@@ -213,34 +197,23 @@ extern "C" void codebook(long half, const void* weights, const int64_t* numbers,
                          const float* levels, const int64_t* counts, long room, void* out,
                          float* sums, long threads) {
     const Places places(numbers);
-    const LevelTables tables = {levels, counts, room};
-    const auto cuts = tables.cuts(places.n_slots);
+    const auto tables = levels_of_slots(levels, counts, room, places.n_slots);
     const long n_sums = 2 * room;
     std::vector<float> parts(n_sums * places.n_slots * places.chunks());
     float* part = parts.data();
-    typed(half, [=, &cuts](auto kind) {
+    typed(half, [=, &tables](auto kind) {
         using T = decltype(kind);
         const T* w = static_cast<const T*>(weights);
         T* to = static_cast<T*>(out);
-        for_chunks(places, threads, [=, &cuts](long chunk, long j, long first, long last) {
-            float z[BLOCK], q[BLOCK], error[BLOCK], one[BLOCK];
-            int32_t index[BLOCK], interval[BLOCK];
-            long size = 0;
-            for (long p = first; p < last; ++p, size = strips(size)) {
-                const Piece piece(places, j, p);
-                nearest_block(w + piece.at, 1.0f, tables.of(j), cuts[j], z, q, index, piece.size);
-                scaled_block(q, 1.0f, to + piece.at, piece.size);
-                for (long i = 0; i < piece.size; ++i, ++size) {
-                    error[size] = z[i] - q[i];
-                    one[size] = 1.0f;
-                    // NaN lies beyond the codebook.
-                    interval[size] = z[i] == z[i] ? index[i] + 1 : 0;
-                }
-                for (long i = size; i % STRIP != 0; ++i) error[i] = one[i] = interval[i] = 0;
-            }
+        for_chunks(places, threads, [=, &tables](long chunk, long j, long first, long last) {
             const long n = counts[j];
+            IntervalSums sums_of_chunk(n);
+            for (long p = first; p < last; ++p) {
+                const Piece piece(places, j, p);
+                codebook_block(w + piece.at, tables[j], to + piece.at, sums_of_chunk, piece.size);
+            }
             std::vector<float> found(2 * n);
-            sums_by_interval(error, one, interval, n, found.data(), size);
+            sums_of_chunk.total(found.data());
             for (long k = 0; k < n; ++k) {
                 part[n_sums * chunk + k] = found[k];
                 part[n_sums * chunk + room + k] = found[n + k];
@@ -300,20 +273,16 @@ extern "C" void thresholds_backward(long half, const void* values, const int64_t
             const Intervals known = {Lookup(own.knots.data(), own.m + 1),
                                      Lookup(own.slopes.data(), own.m + 1),
                                      static_cast<int32_t>(own.m), own.beta, qmin[j]};
-            float r[BLOCK], moment[BLOCK];
-            int32_t interval[BLOCK];
+            IntervalSums by_interval(own.m + 1);
             float *sums = part + most * chunk, codes = 0.0f;
-            long size = 0;
             for (long p = first; p < last; ++p) {
                 const Piece piece(places, j, p);
                 const uint8_t* below =
                     index + (j * places.rows + piece.row) * places.columns + piece.offset;
                 codes += interval_slopes(known, x + piece.at, gradient + piece.at, below,
-                                         to + piece.at, r + size, moment + size, interval + size,
-                                         piece.size);
-                size += strips(piece.size);
+                                         to + piece.at, by_interval, piece.size);
             }
-            sums_by_interval(r, moment, interval, own.m + 1, sums, size);
+            by_interval.total(sums);
             sums[2 * (own.m + 1)] = codes;
         });
     });
