@@ -97,7 +97,7 @@ struct UniformSlopes {
 template <class T>
 struct IntervalSlopes {
     Clipped by;
-    const Intervals* known;
+    Intervals known;
     const T *x, *upstream;
     const uint8_t* index;
     T* grad_x;
@@ -108,18 +108,18 @@ struct IntervalSlopes {
 
     IntervalSlopes(const Clipped by, const Intervals& known, const T* x, const T* upstream,
                    const uint8_t* index, T* grad_x, float* sums, long width)
-        : by(by), known(&known), x(x), upstream(upstream), index(index), grad_x(grad_x), sums(sums),
-          y(width), parts(known.last + 1) {}
+        : by(by), known(known), x(x), upstream(upstream), index(index), grad_x(grad_x), sums(sums),
+          y(width), parts(known.n) {}
 
     void add(long at, long size, float* first, float* second) {
         clipped_line(by, x + at, y.data(), size);
-        codes += interval_slopes(*known, y.data(), upstream + at, index + at, grad_x + at, parts,
+        codes += interval_slopes(known, y.data(), upstream + at, index + at, grad_x + at, parts,
                                  size);
         add_products(by, x + at, grad_x + at, first, second, size);
     }
     void end() {
         parts.total(sums);
-        sums[2 * (known->last + 1)] = static_cast<float>(codes);
+        sums[2 * known.n] = static_cast<float>(codes);
     }
     void write(long at, long size, const Line less) {
         slopes_line(by, x + at, grad_x + at, less, grad_x + at, size);

@@ -157,8 +157,7 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
     const Lines lines(pixels, channels);
     const Norm norm(lines, weight, bias, mean, inverse);
     const Clipped by = norm.clipped(low, high);
-    const Intervals known = {Lookup(knots, n_knots), Lookup(slopes, n_knots),
-                             static_cast<int32_t>(n_knots - 1), *in_scale, *qmin};
+    const Intervals known = {knots, slopes, n_knots, *in_scale, *qmin};
     const long n_sums = 2 * n_knots + 1;
     std::vector<float> parts(n_sums * lines.blocks);
     typed(half, [&](auto kind) {

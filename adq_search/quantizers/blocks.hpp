@@ -77,11 +77,13 @@ inline Strip in_units(const T* v, float alpha, long n) {
 
 template <class T>
 void nearest_block(const T* v, float alpha, const Levels& levels, T* out, long size) {
-    for_strips(size, [&](long i, long n) {
-        IntStrip index;
-        Strip q = levels.nearest(in_units(v + i, alpha, n), index);
-        for (long j = 0; j < REGISTERS; ++j) q.of[j] = q.of[j] * alpha;
-        put_strip(out + i, q, n);
+    levels.search([=](const auto nearest_of) {
+        for_strips(size, [&](long i, long n) {
+            IntStrip index;
+            Strip q = nearest_of(in_units(v + i, alpha, n), index);
+            for (long j = 0; j < REGISTERS; ++j) q.of[j] = q.of[j] * alpha;
+            put_strip(out + i, q, n);
+        });
     });
 }
 
@@ -89,38 +91,41 @@ void nearest_block(const T* v, float alpha, const Levels& levels, T* out, long s
 template <class T>
 float nearest_slopes(const T* v, const T* upstream, float alpha, const Levels& levels, T* grad_v,
                      long size) {
-    floats sum = {};
-    for_strips(size, [&](long i, long n) {
-        IntStrip index;
-        const Strip z = in_units(v + i, alpha, n), q = levels.nearest(z, index);
-        Strip r = strip(upstream + i, n);
-        for (long j = 0; j < REGISTERS; ++j) {
-            const ints is_outside = (z.of[j] > 1.0f) | (z.of[j] < -1.0f);
-            sum += (q.of[j] - (is_outside ? floats{} : z.of[j])) * r.of[j];
-            r.of[j] = is_outside ? floats{} : r.of[j];
-        }
-        put_strip(grad_v + i, r, n);
+    return levels.search([=](const auto nearest_of) {
+        floats sum = {};
+        for_strips(size, [&](long i, long n) {
+            IntStrip index;
+            const Strip z = in_units(v + i, alpha, n), q = nearest_of(z, index);
+            Strip r = strip(upstream + i, n);
+            for (long j = 0; j < REGISTERS; ++j) {
+                const ints is_outside = (z.of[j] > 1.0f) | (z.of[j] < -1.0f);
+                sum += (q.of[j] - (is_outside ? floats{} : z.of[j])) * r.of[j];
+                r.of[j] = is_outside ? floats{} : r.of[j];
+            }
+            put_strip(grad_v + i, r, n);
+        });
+        return sum_of(sum);
     });
-    return sum_of(sum);
 }
 
-// ---- ADQ's codebook: [Jia2025] Eqs. 3 and 4 ----
+// ---- ADQ's codebook [Jia2025] ----
 
 // The nearest levels; to sums by level are added weights less their level, and 1 for each.
 template <class T>
 void codebook_block(const T* w, const Levels& levels, T* out, IntervalSums& sums, long size) {
-    for_strips(size, [&](long i, long n) {
-        IntStrip index;
-        Strip error = strip(w + i, n), one;
-        const Strip q = levels.nearest(error, index);
-        put_strip(out + i, q, n);
-        for (long j = 0; j < REGISTERS; ++j) {
-            // NaN lies in no interval.
-            index.of[j] = error.of[j] == error.of[j] ? index.of[j] + 1 : ints{};
-            error.of[j] = error.of[j] - q.of[j];
-            one.of[j] = 1.0f + floats{};
-        }
-        sums.add(error, one, index, n);
+    levels.search([=, &sums](const auto nearest_of) {
+        IntervalSums::Addends found;
+        for_strips(size, [&](long i, long n) {
+            IntStrip index;
+            const Strip own = strip(w + i, n), q = nearest_of(own, index);
+            put_strip(out + i, q, n);
+            for (long j = 0; j < REGISTERS; ++j) {
+                // NaN lies in no interval.
+                const ints interval = own.of[j] == own.of[j] ? index.of[j] + 1 : ints{};
+                found.set(j, own.of[j] - q.of[j], 1.0f + floats{}, interval);
+            }
+            sums.add(found, n);
+        });
     });
 }
 
@@ -153,11 +158,11 @@ void equidistant_block(const T* __restrict x, const uint8_t* __restrict index, f
     }
 }
 
-// What the backward pass knows of the intervals.
+// What the backward pass knows of n intervals.
 struct Intervals {
-    Lookup knots, slopes;
-    int32_t last;
-    float beta, n;
+    const float *knots, *slopes;
+    long n;
+    float beta, qmin;
 };
 
 // Gradients to a block of values. To sums by interval are added upstream gradients, and those times
@@ -165,29 +170,31 @@ struct Intervals {
 template <class T>
 float interval_slopes(const Intervals& known, const T* x, const T* upstream, const uint8_t* index,
                       T* grad_x, IntervalSums& sums, long size) {
-    floats codes = {};
-    for_strips(size, [&](long i, long n) {
-        const Strip value = strip(x + i, n), r = strip(upstream + i, n);
-        const IntStrip above = strip(index + i, n);
-        Strip grad, moment;
-        IntStrip interval;
-        for (long j = 0; j < REGISTERS; ++j) {
-            // Threshold k lies within interval k: `index` knots lie below, or one more.
-            const ints cuts = above.of[j];
-            const ints at_least = cuts < known.last ? cuts : known.last + ints{};
-            const floats z = value.of[j] * known.beta;
-            const ints below = at_least - (z > known.knots.at(at_least));
-            const ints own = below + (below > 0);
-            const floats slope = below > 0 ? known.slopes.at(own) : floats{};
-            grad.of[j] = r.of[j] * slope;
-            moment.of[j] = r.of[j] * (z - known.knots.at(own));
-            interval.of[j] = below;
-            codes += r.of[j] * (__builtin_convertvector(cuts, floats) + known.n);
-        }
-        put_strip(grad_x + i, grad, n);
-        sums.add(r, moment, interval, n);
-    });
-    return sum_of(codes);
+    const auto pass = [=, &sums](const auto knots, const auto slopes) {
+        const int32_t last = static_cast<int32_t>(known.n - 1);
+        floats codes = {};
+        IntervalSums::Addends found;
+        for_strips(size, [&](long i, long n) {
+            const Strip value = strip(x + i, n), r = strip(upstream + i, n);
+            const IntStrip above = strip(index + i, n);
+            Strip grad;
+            for (long j = 0; j < REGISTERS; ++j) {
+                // Threshold k lies within interval k: `index` knots lie below, or one more.
+                const ints at_least = above.of[j] < last ? above.of[j] : last + ints{};
+                const floats z = value.of[j] * known.beta;
+                const ints below = at_least - (z > knots.at(at_least)), own = below + (below > 0);
+                const floats slope = below > 0 ? slopes.at(own) : floats{};
+                const floats code = __builtin_convertvector(above.of[j], floats) + known.qmin;
+                grad.of[j] = r.of[j] * slope;
+                found.set(j, r.of[j], r.of[j] * (z - knots.at(own)), below);
+                codes += r.of[j] * code;
+            }
+            put_strip(grad_x + i, grad, n);
+            sums.add(found, n);
+        });
+        return sum_of(codes);
+    };
+    return with_tables(known.n, pass, known.knots, known.slopes);
 }
 
 }  // namespace

@@ -310,8 +310,7 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
                                     const float* slopes, long n_knots, const float* qmin,
                                     const void* beside, float low, float high, void* grad_values,
                                     float* sums, long n_values, long threads) {
-    const Intervals known = {Lookup(knots, n_knots), Lookup(slopes, n_knots),
-                             static_cast<int32_t>(n_knots - 1), *in_scale, *qmin};
+    const Intervals known = {knots, slopes, n_knots, *in_scale, *qmin};
     const long n_sums = 2 * n_knots + 1;
     std::vector<float> parts(n_sums * blocks_of(n_values));
     float* part = parts.data();

@@ -15,19 +15,17 @@ namespace {
 // Up to this many cuts, comparing with each takes no longer than searching.
 constexpr long FEW_CUTS = 3;
 
-// A table of figures, looked up for many values at once.
-class Lookup {
-  public:
-    Lookup(const float* table, long n) : table_(table), is_near_(n <= NEAR) {
-        if (is_near_) near_ = {table, n};
-    }
-    floats at(ints index) const { return is_near_ ? near_.at(index) : looked_up(table_, index); }
-
-  private:
-    const float* table_;
-    bool is_near_;
-    NearTable<NEAR> near_;
+// Entries of a table that is too long for registers.
+struct FarTable {
+    const float* entries;
+    floats at(ints index) const { return looked_up(entries, index); }
 };
+
+// Call `use` with tables of n entries each, in registers where they fit there.
+template <class Use, class... Tables>
+inline auto with_tables(long n, const Use use, const Tables*... tables) {
+    return n <= NEAR ? use(NearTable<NEAR>(tables, n)...) : use(FarTable{tables}...);
+}
 
 // Sorted cuts. Values are compared with each of a few; of many, with one a level of a search tree.
 class Cuts {
@@ -48,7 +46,7 @@ class Cuts {
     }
 
     // How many lie below each value of a strip; none for NaN.
-    IntStrip below(const Strip& z) const {
+    [[gnu::always_inline]] IntStrip below(const Strip& z) const {
         IntStrip count = {};
         if (depth_ == 0) {
             for (const float cut : sorted_)
@@ -58,7 +56,7 @@ class Cuts {
         for (long j = 0; j < REGISTERS; ++j) count.of[j] -= z.of[j] > nodes_[0];
         for (long d = 1; d < depth_ && d < N_NARROW; ++d) step(z, count, narrow_[d]);
         if (depth_ > N_NARROW) step(z, count, wide_);
-        for (long d = N_NARROW + 1; d < depth_; ++d) step(z, count, Far{level(d)});
+        for (long d = N_NARROW + 1; d < depth_; ++d) step(z, count, FarTable{level(d)});
         return count;
     }
 
@@ -67,11 +65,6 @@ class Cuts {
   private:
     // Levels of up to 8 nodes; the next one has `NEAR`, and those behind lie in memory.
     static constexpr long N_NARROW = 4;
-
-    struct Far {
-        const float* nodes;
-        floats at(ints index) const { return looked_up(nodes, index); }
-    };
 
     template <class Nodes>
     static void step(const Strip& z, IntStrip& count, const Nodes& nodes) {
@@ -89,17 +82,21 @@ class Cuts {
 // Sorted levels, and the cuts in the middle between them.
 class Levels {
   public:
-    Levels(const float* levels, long n) : n_(n), levels_(levels, n), cuts_(between(levels, n)) {}
+    Levels(const float* levels, long n) : n_(n), levels_(levels), cuts_(between(levels, n)) {}
 
-    long size() const { return n_; }
-
-    // The nearest level of each value, and its index; NaN stays.
-    Strip nearest(const Strip& z, IntStrip& index) const {
-        index = cuts_.below(z);
-        Strip found;
-        for (long j = 0; j < REGISTERS; ++j)
-            found.of[j] = z.of[j] == z.of[j] ? levels_.at(index.of[j]) : z.of[j];
-        return found;
+    // Call `use(nearest)`, where `nearest(z, index)` finds the nearest level of each value of a
+    // strip, and its index; NaN stays.
+    template <class Use>
+    auto search(const Use use) const {
+        return with_tables(n_, [&](const auto table) {
+            return use([&, table](const Strip& z, IntStrip& index) {
+                index = cuts_.below(z);
+                Strip found;
+                for (long j = 0; j < REGISTERS; ++j)
+                    found.of[j] = z.of[j] == z.of[j] ? table.at(index.of[j]) : z.of[j];
+                return found;
+            });
+        }, levels_);
     }
 
   private:
@@ -110,7 +107,7 @@ class Levels {
     }
 
     long n_;
-    Lookup levels_;
+    const float* levels_;
     Cuts cuts_;
 };
 
@@ -121,20 +118,29 @@ class IntervalSums {
   public:
     explicit IntervalSums(long n) : n_(n), total_(2 * n), tables_((n + 1) * TABLES) {}
 
-    // Of up to STRIP values.
-    void add(const Strip& first, const Strip& second, const IntStrip& interval, long size) {
-        float figures[2 * STRIP];
-        int32_t own[STRIP];
-        for (long j = 0; j < REGISTERS; ++j) {
-            put_pairs(figures + 2 * j * LANES, first.of[j], second.of[j]);
-            put(own + j * LANES, interval.of[j]);
+    // What is added of a strip of values.
+    class Addends {
+      public:
+        // Of the j-th register: two figures, and the interval.
+        void set(long j, floats first, floats second, ints interval) {
+            put_pairs(figures_ + 2 * j * LANES, first, second);
+            put(offsets_ + j * LANES, interval * static_cast<int32_t>(TABLES));
         }
-        for (long i = size; i < STRIP; ++i) own[i] = 0;
+
+      private:
+        friend class IntervalSums;
+        float figures_[2 * STRIP];
+        int32_t offsets_[STRIP];
+    };
+
+    // Of up to STRIP values.
+    void add(Addends& addends, long size) {
+        for (long i = size; i < STRIP; ++i) addends.offsets_[i] = 0;
         for (long i = 0; i < STRIP; i += TABLES) {
             for (long table = 0; table < TABLES; ++table) {
                 Pair pair;
-                std::memcpy(&pair, figures + 2 * (i + table), sizeof pair);
-                tables_[own[i + table] * TABLES + table] += pair;
+                std::memcpy(&pair, addends.figures_ + 2 * (i + table), sizeof pair);
+                tables_[static_cast<uint32_t>(addends.offsets_[i + table]) + table] += pair;
             }
         }
         n_added_ += STRIP;

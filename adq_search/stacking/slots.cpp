@@ -270,9 +270,8 @@ extern "C" void thresholds_backward(long half, const void* values, const int64_t
         T* to = static_cast<T*>(grad_values);
         for_chunks(places, threads, [=, &used](long chunk, long j, long first, long last) {
             const Used& own = used[j];
-            const Intervals known = {Lookup(own.knots.data(), own.m + 1),
-                                     Lookup(own.slopes.data(), own.m + 1),
-                                     static_cast<int32_t>(own.m), own.beta, qmin[j]};
+            const Intervals known = {own.knots.data(), own.slopes.data(), own.m + 1, own.beta,
+                                     qmin[j]};
             IntervalSums by_interval(own.m + 1);
             float *sums = part + most * chunk, codes = 0.0f;
             for (long p = first; p < last; ++p) {
