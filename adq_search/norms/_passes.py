@@ -55,8 +55,8 @@ LIBRARY = NativeLibrary(
         "uniform": "lpppppffpfppplll",
         "uniform_backward": "lppppppffpfppfpppplll",
         "thresholds": "lpppppffpplpppplll",
-        "adaptive": "lpppppffpfppppfppppppppplllll",
-        "adaptive_backward": "lppppppffpfppfppfpppppppppppppplllll",
+        "adaptive": "lpppppffpfppppfpppppppplllll",
+        "adaptive_backward": "lppppppffpfppfppfppppppppppppplllll",
         "thresholds_backward": "lppppppffpppplppppplll",
     },
     headers=[*HEADERS, *sorted(Path(__file__).parent.glob("*.hpp"))],
@@ -120,15 +120,15 @@ THRESHOLDS = NativeFunction(
 ADAPTIVE = NativeFunction(
     LIBRARY,
     inputs=f"{_INPUTS} {ADAPTER_INPUTS}",
-    numbers=f"{_NUMBERS} {ADAPTER_NUMBERS} n_sums",
-    rooms={**_ROOMS, **ADAPTED_ROOMS, "sums": "floats n_sums"},
+    numbers=f"{_NUMBERS} {ADAPTER_NUMBERS}",
+    rooms={**_ROOMS, **ADAPTED_ROOMS},
     outputs="out",
     forward=[
         _STATISTICS,
-        f"adaptive x {_KNOWN} {ADAPTED} sums {FOUND} out {BY_SAMPLE}",
+        f"adaptive x {_KNOWN} {ADAPTED} {FOUND} out {BY_SAMPLE}",
     ],
     backward=[
-        f"adaptive_backward x upstream_out {_KNOWN} {PULLED} sums {FOUND}"
+        f"adaptive_backward x upstream_out {_KNOWN} {PULLED} {FOUND}"
         f" {_GRADIENTS} {TO_ADAPTER} {BY_SAMPLE}"
     ],
 )
@@ -209,9 +209,7 @@ def _thresholds(_: Tensor, inputs: Given, numbers: Numbers, by: N2uqInput) -> Te
 
 
 def _adaptive(x: Tensor, inputs: Given, numbers: Numbers, by: AsqInput) -> Tensor:
-    own = by.numbers(x)
-    n_sums = 3 * x.shape[0] * x.shape[1]
-    return ADAPTIVE((*inputs, *by.tensors()), (*numbers, *own, n_sums))[0]
+    return ADAPTIVE((*inputs, *by.tensors()), (*numbers, *by.numbers(x)))[0]
 
 
 #: What quantizes behind a norm, by quantizer.

@@ -95,15 +95,6 @@ std::vector<float> sample_mean(const T* x, const Lines& lines) {
 }
 
 template <class T>
-void add_moments(const float* near, const T* x, float* first, float* second, long size) {
-    for_values(size, [=](long j, auto kind) {
-        const auto distance = at(x, j, kind) - at(near, j, kind);
-        add_at(first, j, distance);
-        add_at(second, j, distance * distance);
-    });
-}
-
-template <class T>
 void add_products(const Clipped by, const T* x, const T* grad_y, float* first, float* second,
                   long size) {
     for_values(size, [=](long j, auto kind) {

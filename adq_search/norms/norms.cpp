@@ -26,9 +26,16 @@ extern "C" void statistics(long half, const void* values, float* running_mean,
         const T* x = static_cast<const T*>(values);
         const std::vector<float> sampled = sample_mean(x, lines), near = lines.repeated(sampled);
         Sums sums(lines);
-        lines.each(threads, [&](long block, const auto each_line) {
-            each_line([&](long begin, long size) {
-                add_moments(near.data(), x + begin, sums.first(block), sums.second(block), size);
+        lines.each(threads, [&](long block, long begin, long end) {
+            const float* middle = near.data();
+            const std::array<float*, 2> own = {sums.first(block), sums.second(block)};
+            lines.sum_down(begin, end, own, [=](long j, auto kind) {
+                using V = decltype(kind);
+                const V from = at(middle, j, kind);
+                return [=](long i) -> std::array<V, 2> {
+                    const V distance = at(x, i, V{}) - from;
+                    return {distance, distance * distance};
+                };
             });
         });
         const std::vector<double> moments = sums.total();
@@ -53,9 +60,9 @@ extern "C" void clipped(long half, const void* values, const float* weight, cons
         using T = decltype(kind);
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
-        lines.each(threads, [&](long, const auto each_line) {
-            each_line([&](long begin, long size) {
-                clipped_line(norm.clipped(low, high), x + begin, to + begin, size);
+        lines.each(threads, [&](long, long begin, long end) {
+            lines.along(begin, end, [&](long at, long size) {
+                clipped_line(norm.clipped(low, high), x + at, to + at, size);
             });
         });
     });
@@ -71,7 +78,7 @@ extern "C" void clipped_backward(long half, const void* values, const void* upst
     typed(half, [&](auto kind) {
         using T = decltype(kind);
         const T *x = static_cast<const T*>(values), *grad_y = static_cast<const T*>(upstream);
-        const GivenSlopes<T> behind = {norm.clipped(low, high), x, grad_y,
+        const GivenSlopes<T> behind = {lines, norm.clipped(low, high), x, grad_y,
                                        static_cast<T*>(grad_values)};
         norm_slopes(lines, weight, inverse, grad_weight, grad_bias, threads,
                     [=](long) { return behind; });
@@ -85,14 +92,14 @@ extern "C" void uniform(long half, const void* values, const float* weight, cons
                         void* out, long pixels, long channels, long threads) {
     const Lines lines(pixels, channels);
     const Norm norm(lines, weight, bias, mean, inverse);
-    const float s = positive(*raw, smallest), n = *qmin, p = *qmax;
+    const Behind behind(norm.clipped(low, high), positive(*raw, smallest), *qmin, *qmax);
     typed(half, [&](auto kind) {
         using T = decltype(kind);
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
-        lines.each(threads, [&](long, const auto each_line) {
-            each_line([&](long begin, long size) {
-                uniform_line(norm.clipped(low, high), x + begin, s, n, p, to + begin, size);
+        lines.each(threads, [&](long, long begin, long end) {
+            lines.along(begin, end, [&](long at, long size) {
+                uniform_line(behind, x + at, to + at, size);
             });
         });
     });
@@ -107,15 +114,14 @@ extern "C" void uniform_backward(long half, const void* values, const void* upst
                                  float* grad_step, long pixels, long channels, long threads) {
     const Lines lines(pixels, channels);
     const Norm norm(lines, weight, bias, mean, inverse);
-    const Clipped by = norm.clipped(low, high);
-    const Grid grid(positive(*raw, smallest), *qmin, *qmax);
+    const Behind behind(norm.clipped(low, high), positive(*raw, smallest), *qmin, *qmax);
     std::vector<double> parts(lines.blocks);
     typed(half, [&](auto kind) {
         using T = decltype(kind);
         const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         T* to = static_cast<T*>(grad_values);
         norm_slopes(lines, weight, inverse, grad_weight, grad_bias, threads, [&](long block) {
-            return UniformSlopes<T>{by, grid, x, r, to, &parts[block]};
+            return UniformSlopes<T>{lines, behind, x, r, to, &parts[block]};
         });
     });
     double sum = 0.0;
@@ -136,12 +142,12 @@ extern "C" void thresholds(long half, const void* values, const float* weight, c
         using T = decltype(kind);
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
-        lines.each(threads, [&](long, const auto each_line) {
+        lines.each(threads, [&](long, long begin, long end) {
             std::vector<T> y(lines.width);
-            each_line([&](long begin, long size) {
-                clipped_line(norm.clipped(low, high), x + begin, y.data(), size);
-                thresholds_block(y.data(), *in_scale, sorted, *step, *qmin, to + begin,
-                                 index + begin, size);
+            lines.along(begin, end, [&](long at, long size) {
+                clipped_line(norm.clipped(low, high), x + at, y.data(), size);
+                thresholds_block(y.data(), *in_scale, sorted, *step, *qmin, to + at, index + at,
+                                 size);
             });
         });
     });
@@ -165,42 +171,41 @@ extern "C" void thresholds_backward(long half, const void* values, const void* u
         const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         T* to = static_cast<T*>(grad_values);
         norm_slopes(lines, weight, inverse, grad_weight, grad_bias, threads, [&](long block) {
-            return IntervalSlopes<T>(by, known, x, r, index, to, &parts[n_sums * block],
-                                     lines.width);
+            return IntervalSlopes<T>{lines, by, known, x, r, index, to, &parts[n_sums * block]};
         });
     });
     total_of(parts, n_sums, sums);
 }
 
-// The same with a step for each sample (ASQ), which an adapter finds from channel means of y; see
-// `adapter.hpp`. `sums`: what `open_sums` says; `means`: of y, # shape: (samples, channels).
+// The same with a step for each sample (ASQ), which an adapter finds from channel means of y,
+// # shape: (samples, channels); see `adapter.hpp`.
 extern "C" void adaptive(long half, const void* values, const float* weight, const float* bias,
                          const float* mean, const float* inverse, float low, float high,
                          const float* raw, float smallest, const float* hidden,
                          const float* hidden_bias, const float* output, const float* output_bias,
-                         float least, const float* qmin, const float* qmax, float* sums,
-                         float* means, float* steps, float* beta, float* inner, float* outputs,
-                         void* out, long width, long samples, long pixels, long channels,
-                         long threads) {
+                         float least, const float* qmin, const float* qmax, float* means,
+                         float* steps, float* beta, float* inner, float* outputs, void* out,
+                         long width, long samples, long pixels, long channels, long threads) {
     const Samples all(samples, pixels, channels);
     const Norm norm(all.lines, weight, bias, mean, inverse);
     const Clipped by = norm.clipped(low, high);
-    const float share = 1.0f / static_cast<float>(pixels);
     typed(half, [&](auto kind) {
         using T = decltype(kind);
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
         all.each_group(sizeof(T), threads, [&](long first, long last) {
+            const long size = all.lines.size;
             for (long sample = first; sample < last; ++sample)
-                open_sums(all, by, x, sample, sums + sample * channels, samples * channels);
-            for (long i = first * channels; i < last * channels; ++i) means[i] = sums[i] * share;
+                sample_means(all, by, x, sample * size, (sample + 1) * size,
+                             means + sample * channels);
             steps_by_adapters(means + first * channels, raw, smallest, hidden, hidden_bias, output,
                               output_bias, least, steps + first, beta + first,
                               inner + (hidden ? first * width : 0), outputs + first, 1,
                               last - first, channels, width, 1);
             for (long sample = first; sample < last; ++sample) {
-                all.lines_of(sample, [&](long begin, long size) {
-                    uniform_line(by, x + begin, steps[sample], *qmin, *qmax, to + begin, size);
+                const Behind behind(by, steps[sample], *qmin, *qmax);
+                all.lines.along(sample * size, (sample + 1) * size, [&](long at, long of_line) {
+                    uniform_line(behind, x + at, to + at, of_line);
                 });
             }
         });
@@ -211,7 +216,7 @@ extern "C" void adaptive_backward(
     long half, const void* values, const void* upstream, const float* weight, const float* bias,
     const float* mean, const float* inverse, float low, float high, const float* raw,
     float smallest, const float* hidden, const float* output, float least, const float* qmin,
-    const float* qmax, float features, const float* sums, const float* means, const float* steps,
+    const float* qmax, float features, const float* means, const float* steps,
     const float* beta, const float* inner, const float* outputs, void* grad_values,
     float* grad_weight, float* grad_bias, float* grad_raw, float* grad_hidden,
     float* grad_hidden_bias, float* grad_output, float* grad_output_bias, long width, long samples,
@@ -219,20 +224,20 @@ extern "C" void adaptive_backward(
     const Samples all(samples, pixels, channels);
     const Norm norm(all.lines, weight, bias, mean, inverse);
     const Clipped by = norm.clipped(low, high);
-    std::vector<float> grad_steps(samples), products(2 * channels), shares(samples * channels);
+    std::vector<float> grad_steps(samples), shares(samples * channels);
     typed(half, [&](auto kind) {
         using T = decltype(kind);
         const T *x = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
-        sample_slopes(all, by, x, r, steps, *qmin, *qmax, grad_steps.data(), products.data(),
-                      threads);
+        const SampleSums sums =
+            sample_slopes(all, by, x, r, steps, *qmin, *qmax, grad_steps.data(), threads);
         adapters_backward(means, grad_steps.data(), raw, smallest, qmax, features, hidden, output,
                           least, beta, inner, outputs, shares.data(), grad_raw, grad_hidden,
                           grad_hidden_bias, grad_output, grad_output_bias, 1, samples, channels,
                           width, threads);
         for (float& share : shares) share /= static_cast<float>(pixels);
-        const Pull pull(with_shares(products.data(), shares.data(), sums, samples, channels),
-                        all.lines, static_cast<double>(samples * pixels), weight, inverse,
-                        grad_weight, grad_bias);
+        const Pull pull(sums.with_shares(shares, channels), all.lines,
+                        static_cast<double>(samples * pixels), weight, inverse, grad_weight,
+                        grad_bias);
         shared_slopes(all, by, pull, x, r, steps, *qmin, *qmax, shares.data(),
                       static_cast<T*>(grad_values), threads);
     });

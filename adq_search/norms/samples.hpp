@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "adapter.hpp"
@@ -12,51 +13,98 @@
 
 namespace {
 
-// Sums of y, of 1 and of x - mean, the last two where the clipping lets gradients through.
+// Means of y by channel, of the sample from `begin` to `end`.
 template <class T>
-void add_open(const Clipped by, const T* x, float* sum, float* open, float* distance, long size) {
-    for_values(size, [=](long j, auto kind) {
-        const auto value = at(x, j, kind), y = open_at(by, value, j);
-        const auto one = kind + 1.0f, far = value - at(by.mean, j, kind);
-        add_at(sum, j, clip(y, by.low, by.high));
-        add_at(open, j, within(y, by.low, by.high, one));
-        add_at(distance, j, within(y, by.low, by.high, far));
+void sample_means(const Samples& all, const Clipped by, const T* x, long begin, long end,
+                  float* means) {
+    std::vector<float> sum(all.lines.width);
+    all.lines.sum_down<1>(begin, end, {sum.data()}, [=](long j, auto kind) {
+        using V = decltype(kind);
+        const V a = at(by.a, j, kind), b = at(by.b, j, kind);
+        return [=](long i) -> std::array<V, 1> {
+            return {clip(at(x, i, V{}) * a + b, by.low, by.high)};
+        };
+    });
+    all.fold(sum, means);
+    for (long c = 0; c < all.lines.channels; ++c) means[c] /= static_cast<float>(all.lines.pixels);
+}
+
+// `add_uniform_products`; and where the clipping is open, sums of 1 and of x - mean.
+template <class T>
+float add_open_products(const Behind behind, const T* x, const T* upstream, float* first,
+                        float* second, float* open, float* distance, long size) {
+    return sum_over(size, [=](long j, auto kind) {
+        const Clipped by = behind.by;
+        const auto where_open = [=](auto value, auto open_value) {
+            return within(open_value, by.low, by.high, value);
+        };
+        const auto found = gradients_at(behind, x, upstream, j, kind);
+        const auto r = where_open(found.to_y, found.open), far = found.x - at(by.mean, j, kind);
+        add_at(first, j, r);
+        add_at(second, j, r * far);
+        add_at(open, j, where_open(kind + 1.0f, found.open));
+        add_at(distance, j, where_open(far, found.open));
+        return found.to_step;
     });
 }
 
-// By channel, of one sample: what `add_open` adds. Channels of `sums` lie `apart` from each other.
-template <class T>
-void open_sums(const Samples& all, const Clipped by, const T* x, long sample, float* sums, long apart) {
-    const long width = all.lines.width;
-    std::vector<float> sum(width), open(width), distance(width);
-    all.lines_of(sample, [&](long begin, long size) {
-        add_open(by, x + begin, sum.data(), open.data(), distance.data(), size);
-    });
-    all.fold(sum, sums);
-    all.fold(open, sums + apart);
-    all.fold(distance, sums + 2 * apart);
-}
+// Sums by sample and channel, # shape: (samples, channels) each: those of a norm's backward pass, and
+// what shares of gradients to y will add to them.
+struct SampleSums {
+    std::vector<float> first, second, open, distance;
 
-// Gradients to the steps, and by channel the sums of r, then those of r (x - mean).
+    explicit SampleSums(long n) : first(n), second(n), open(n), distance(n) {}
+
+    // The sums of all samples by channel, for `Pull`, when shares are added to the gradients.
+    std::vector<double> with_shares(const std::vector<float>& shares, long channels) const {
+        std::vector<double> total(2 * channels);
+        for (size_t i = 0; i < shares.size(); i += channels) {
+            for (long c = 0; c < channels; ++c) {
+                const double share = shares[i + c];
+                total[c] += first[i + c] + share * open[i + c];
+                total[channels + c] += second[i + c] + share * distance[i + c];
+            }
+        }
+        return total;
+    }
+};
+
+// Gradients to the steps, and the sums.
 template <class T>
-void sample_slopes(const Samples& all, const Clipped by, const T* x, const T* upstream,
-                   const float* steps, float qmin, float qmax, float* grad_steps, float* products,
-                   long threads) {
-    const long channels = all.lines.channels;
-    std::vector<float> parts(2 * all.n * channels);
-    all.each(threads, [&](long sample, const auto each_line) {
-        std::vector<float> first(all.lines.width), second(all.lines.width);
-        const Grid grid(steps[sample], qmin, qmax);
+SampleSums sample_slopes(const Samples& all, const Clipped by, const T* x, const T* upstream,
+                         const float* steps, float qmin, float qmax, float* grad_steps,
+                         long threads) {
+    SampleSums found(all.n * all.lines.channels);
+    all.each(threads, [&](long sample, long begin, long end) {
+        const long width = all.lines.width, place = sample * all.lines.channels;
+        std::vector<float> first(width), second(width), open(width), distance(width);
+        const Behind behind(by, steps[sample], qmin, qmax);
         double sum = 0.0;
-        each_line([&](long begin, long size) {
-            sum += add_uniform_products(by, grid, x + begin, upstream + begin, first.data(),
-                                        second.data(), size);
+        all.lines.along(begin, end, [&](long at, long size) {
+            sum += add_open_products(behind, x + at, upstream + at, first.data(), second.data(),
+                                     open.data(), distance.data(), size);
         });
         grad_steps[sample] = static_cast<float>(sum);
-        all.fold(first, &parts[2 * sample * channels]);
-        all.fold(second, &parts[(2 * sample + 1) * channels]);
+        all.fold(first, &found.first[place]);
+        all.fold(second, &found.second[place]);
+        all.fold(open, &found.open[place]);
+        all.fold(distance, &found.distance[place]);
     });
-    total_of(parts, 2 * channels, products);
+    return found;
+}
+
+// `uniform_slopes_line`; to each gradient to y its `share` is added where the clipping is open.
+template <class T>
+void shared_slopes_line(const Behind behind, const T* x, const T* upstream, const float* share,
+                        const Line less, T* grad_x, long size) {
+    for_values(size, [=](long j, auto kind) {
+        const auto value = at(x, j, kind), open = open_at(behind.by, value, j);
+        const auto y = as_stored(open, x);
+        const auto to_y = within(y, behind.low, behind.high, at(upstream, j, kind));
+        const auto r =
+            within(open, behind.by.low, behind.by.high, to_y + at(share, j, kind));
+        set(grad_x, j, less.slope_at(behind.by, value, r, j));
+    });
 }
 
 // Gradients to x, with `shares` added to those to y, # shape: (samples, channels).
@@ -64,30 +112,14 @@ template <class T>
 void shared_slopes(const Samples& all, const Clipped by, const Pull& pull, const T* x,
                    const T* upstream, const float* steps, float qmin, float qmax,
                    const float* shares, T* grad_x, long threads) {
-    all.each(threads, [&](long sample, const auto each_line) {
-        const Grid grid(steps[sample], qmin, qmax);
-        const float* own = shares + sample * all.lines.channels;
-        const std::vector<float> share = all.lines.repeated(own);
-        each_line([&](long begin, long size) {
-            uniform_slopes_line(by, grid, x + begin, upstream + begin, share.data(), pull.line(),
-                                grad_x + begin, size);
+    all.each(threads, [&](long sample, long begin, long end) {
+        const Behind behind(by, steps[sample], qmin, qmax);
+        const std::vector<float> share = all.lines.repeated(shares + sample * all.lines.channels);
+        all.lines.along(begin, end, [&](long at, long size) {
+            shared_slopes_line(behind, x + at, upstream + at, share.data(), pull.line(),
+                               grad_x + at, size);
         });
     });
-}
-
-// What shares add to the sums of `sample_slopes`. `sums`: as `open_sums` finds them.
-inline std::vector<double> with_shares(const float* products, const float* shares, const float* sums,
-                                       long samples, long channels) {
-    std::vector<double> total(products, products + 2 * channels);
-    const float *open = sums + samples * channels, *distance = open + samples * channels;
-    for (long i = 0; i < samples * channels; i += channels) {
-        for (long c = 0; c < channels; ++c) {
-            const double share = shares[i + c];
-            total[c] += share * open[i + c];
-            total[channels + c] += share * distance[i + c];
-        }
-    }
-    return total;
 }
 
 }  // namespace

@@ -35,9 +35,10 @@ void uniform_block(const T* v, float s, float n, float p, T* out, long size) {
 // The step and the codes' range that gradients need. Divisions would take as long as memory does: a
 // product is exact enough here, where no code depends on the last bit.
 struct Grid {
-    float n, p, low, high, per_step;
+    float n, p, step, low, high, per_step;
 
-    Grid(float s, float n, float p) : n(n), p(p), low(n * s), high(p * s), per_step(1.0f / s) {}
+    Grid(float s, float n, float p)
+        : n(n), p(p), step(s), low(n * s), high(p * s), per_step(1.0f / s) {}
 };
 
 // Of a value, the part of its gradient to the step.

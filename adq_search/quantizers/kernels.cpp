@@ -194,10 +194,17 @@ extern "C" void adaptive(long half, const void* values, float low, float high, c
         const T* y = kept ? kept : x;
         all.each_group(sizeof(T), threads, [&](long first, long last) {
             for (long sample = first; sample < last; ++sample) {
+                const long begin = sample * all.lines.size, end = begin + all.lines.size;
                 std::vector<float> sum(all.lines.width);
-                all.lines_of(sample, [&](long at, long size) {
-                    if (kept) clip_block(x + at, low, high, kept + at, size);
-                    add_line(y + at, sum.data(), size);
+                all.lines.sum_down<1>(begin, end, {sum.data()}, [=](long, auto kind) {
+                    using V = decltype(kind);
+                    return [=](long i) -> std::array<V, 1> {
+                        const V value = at(x, i, V{});
+                        if (!kept) return {value};
+                        const V within_bounds = as_stored(clip(value, low, high), x);
+                        set(kept, i, within_bounds);
+                        return {within_bounds};
+                    };
                 });
                 float* own = means + sample * channels;
                 all.fold(sum, own);
@@ -208,9 +215,8 @@ extern "C" void adaptive(long half, const void* values, float low, float high, c
                               inner + (hidden ? first * width : 0), outputs + first, 1,
                               last - first, channels, width, 1);
             for (long sample = first; sample < last; ++sample) {
-                all.lines_of(sample, [&](long at, long size) {
-                    uniform_block(y + at, steps[sample], *qmin, *qmax, to + at, size);
-                });
+                const long begin = sample * all.lines.size;
+                uniform_block(y + begin, steps[sample], *qmin, *qmax, to + begin, all.lines.size);
             }
         });
     });
@@ -230,10 +236,11 @@ extern "C" void adaptive_backward(
         const T *y = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         const T* other = static_cast<const T*>(beside);
         T* to = static_cast<T*>(grad_values);
-        all.each(threads, [&](long sample, const auto each_line) {
+        all.each(threads, [&](long sample, long begin, long end) {
+            const Grid grid(steps[sample], *qmin, *qmax);
             double sum = 0.0;
-            each_line([&](long at, long size) {
-                sum += step_slope(y + at, r + at, Grid(steps[sample], *qmin, *qmax), size);
+            all.lines.along(begin, end, [&](long at, long size) {
+                sum += step_slope(y + at, r + at, grid, size);
             });
             grad_steps[sample] = static_cast<float>(sum);
         });
@@ -242,11 +249,11 @@ extern "C" void adaptive_backward(
                           grad_hidden_bias, grad_output, grad_output_bias, 1, samples, channels,
                           width, threads);
         for (float& share : shares) share /= static_cast<float>(pixels);
-        all.each(threads, [&](long sample, const auto each_line) {
+        all.each(threads, [&](long sample, long begin, long end) {
             const Grid grid(steps[sample], *qmin, *qmax);
             const float* own = shares.data() + sample * channels;
             const std::vector<float> share = all.lines.repeated(own);
-            each_line([&](long at, long size) {
+            all.lines.along(begin, end, [&](long at, long size) {
                 shared_line(grid, y + at, r + at, share.data(), to + at, size);
                 if (other) join_block(y + at, other + at, low, high, to + at, size);
             });

@@ -78,6 +78,7 @@ inline float sum_of(floats values) {
         for (long j = 0; j < width; ++j) values[j] += values[j + width];
     return values[0];
 }
+inline float sum_of(float value) { return value; }
 
 // ---- What bodies are made of, for LANES values and for one ----
 

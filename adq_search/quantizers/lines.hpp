@@ -2,12 +2,14 @@
 //
 // A tensor comes channels last: pixels one after the other, each with its channels side by side.
 // Several pixels make a line of about WIDTH values, for which figures of the channels are repeated.
-// Sums are taken in blocks of lines, or of samples, so that they do not depend on the number of
+// Passes go along lines; those that only sum go down the columns of some lines, and their sums stay
+// in registers. Sums are taken in blocks of lines, or of samples, so that they do not depend on the number of
 // threads.
 
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "adapter.hpp"
@@ -15,7 +17,10 @@
 
 namespace {
 
+// About as many values make a line.
 constexpr long WIDTH = 512;
+// Values of some lines that stay in the nearest cache.
+constexpr long PIECE = 4096;
 constexpr long VALUES_OF_BLOCK = 32768;
 
 template <class V>
@@ -23,20 +28,19 @@ inline void add_at(float* sums, long j, V values) {
     set(sums, j, at(sums, j, values) + values);
 }
 
-// Values are added to sums by their place in the line.
-template <class T>
-void add_line(const T* y, float* sum, long size) {
-    for_values(size, [=](long j, auto kind) { add_at(sum, j, at(y, j, kind)); });
+template <class V, size_t N>
+inline void add_each(std::array<V, N>& sums, const std::array<V, N>& terms) {
+    for (size_t k = 0; k < N; ++k) sums[k] += terms[k];
 }
 
 struct Lines {
     long channels, pixels, size, width, in_block, blocks;
 
-    Lines(long pixels, long channels) : channels(channels), pixels(pixels), size(pixels * channels) {
-        width = std::min(pixels, (WIDTH + channels - 1) / channels) * channels;
-        in_block = std::max(1L, VALUES_OF_BLOCK / width) * width;
-        blocks = (size + in_block - 1) / in_block;
-    }
+    Lines(long pixels, long channels)
+        : channels(channels), pixels(pixels), size(pixels * channels),
+          width(std::min(pixels, pixels_of_line(channels)) * channels),
+          in_block(std::max(1L, VALUES_OF_BLOCK / width) * width),
+          blocks((size + in_block - 1) / in_block) {}
 
     // Figures of the channels for each place in a line.
     std::vector<float> repeated(const float* of_channels) const {
@@ -49,19 +53,61 @@ struct Lines {
         return repeated(of_channels.data());
     }
 
-    // Call `work(block, lines)` for each block, where `lines(use)` calls `use(begin, size)` for each
-    // of its lines in order. The last line may be shorter.
+    // Add to sums by place, of N terms of the values from `begin`, where a line begins, to `end`. For
+    // the places from j on, as many as `kind` has, `terms(j, kind)` returns what finds the terms at i.
+    // Sums stay in registers all the way down some lines.
+    template <size_t N, class Terms>
+    void sum_down(long begin, long end, const std::array<float*, N> sums, const Terms terms) const {
+        const long step = std::max(1L, PIECE / width) * width;
+        for (long first = begin; first < end; first += step) {
+            const long last = std::min(end, first + step);
+            const long whole = first + (last - first) / width * width;
+            long j = 0;
+            for (; j + 2 * LANES <= width; j += 2 * LANES) {
+                const auto one = terms(j, floats{}), two = terms(j + LANES, floats{});
+                std::array<floats, N> sums_one = {}, sums_two = {};
+                for (long i = first + j; i < whole; i += width) {
+                    add_each(sums_one, one(i));
+                    add_each(sums_two, two(i + LANES));
+                }
+                for (size_t k = 0; k < N; ++k) {
+                    add_at(sums[k], j, sums_one[k]);
+                    add_at(sums[k], j + LANES, sums_two[k]);
+                }
+            }
+            const auto sum_rest = [&](long from, long to, long place, auto kind) {
+                const auto own = terms(place, kind);
+                std::array<decltype(kind), N> found = {};
+                for (long i = from + place; i < to; i += width) add_each(found, own(i));
+                for (size_t k = 0; k < N; ++k) add_at(sums[k], place, found[k]);
+            };
+            for_values(width - j, [&](long k, auto kind) { sum_rest(first, whole, j + k, kind); });
+            for_values(last - whole, [&](long k, auto kind) { sum_rest(whole, last, k, kind); });
+        }
+    }
+
+    // Call `use(at, size)` for each line of the values from `begin` to `end`; the last may be shorter.
+    template <class Use>
+    void along(long begin, long end, const Use use) const {
+        for (; begin < end; begin += width) use(begin, std::min(width, end - begin));
+    }
+
+    // Call `work(block, begin, end)` for each block.
     template <class Work>
     void each(long threads, const Work work) const {
         if (size < VALUES_WORTH_THREADS) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (long block = 0; block < blocks; ++block) {
-            const long end = std::min(size, (block + 1) * in_block);
-            work(block, [=](const auto use) {
-                for (long begin = block * in_block; begin < end; begin += width)
-                    use(begin, std::min(width, end - begin));
-            });
-        }
+        for (long block = 0; block < blocks; ++block)
+            work(block, block * in_block, std::min(size, (block + 1) * in_block));
+    }
+
+  private:
+    // As many as fill whole registers, where these are not many more.
+    static long pixels_of_line(long channels) {
+        const long least = (WIDTH + channels - 1) / channels;
+        for (long n = least; n < least + 2 * LANES && n * channels < 2 * WIDTH; ++n)
+            if (n * channels % (2 * LANES) == 0) return n;
+        return least;
     }
 };
 
@@ -75,12 +121,6 @@ struct Samples {
 
     Samples(long n, long pixels, long channels) : n(n), lines(pixels, channels) {}
 
-    // Call `use(begin, size)` for each line of a sample.
-    template <class Use>
-    void lines_of(long sample, const Use use) const {
-        for (long begin = 0; begin < lines.size; begin += lines.width)
-            use(sample * lines.size + begin, std::min(lines.width, lines.size - begin));
-    }
     // Call `work(first, last)` for groups of samples, as many as adapters take at once or as stay near.
     template <class Work>
     void each_group(long bytes_of_value, long threads, const Work work) const {
@@ -91,20 +131,24 @@ struct Samples {
         for (long group = 0; group < groups; ++group)
             work(group * in_group, std::min(n, (group + 1) * in_group));
     }
-    // Call `work(sample, lines)` for each sample, where `lines(use)` is `lines_of` it.
+    // Call `work(sample, begin, end)` for each sample.
     template <class Work>
     void each(long threads, const Work work) const {
         if (n * lines.size < VALUES_WORTH_THREADS) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
         for (long sample = 0; sample < n; ++sample)
-            work(sample, [=](const auto use) { lines_of(sample, use); });
+            work(sample, sample * lines.size, (sample + 1) * lines.size);
     }
     // Sums of a line's places by channel; of pixels, halves are added to each other while they are even.
     void fold(std::vector<float>& of_line, float* of_channels) const {
+        float* sums = of_line.data();
+        const auto add = [=](const float* own, long size) {
+            for_values(size, [=](long j, auto kind) { add_at(sums, j, at(own, j, kind)); });
+        };
         long n = lines.width;
-        for (; n % (2 * lines.channels) == 0; n /= 2) add_line(of_line.data() + n / 2, of_line.data(), n / 2);
-        for (long at = lines.channels; at < n; at += lines.channels)
-            add_line(of_line.data() + at, of_line.data(), lines.channels);
+        for (; n % (2 * lines.channels) == 0; n /= 2) add(sums + n / 2, n / 2);
+        for (long from = lines.channels; from < n; from += lines.channels)
+            add(sums + from, lines.channels);
         std::copy(of_line.begin(), of_line.begin() + lines.channels, of_channels);
     }
 };
