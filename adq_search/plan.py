@@ -22,6 +22,7 @@ from adq_search.prior import check_budgets, cost_range
 from adq_search.space import SearchSpace
 from adq_search.tasks import Task, load_task
 from adq_search.tracing import ModelSummary, trace
+from adq_search.training import check_precision
 from adq_search.trial import TrialResult
 
 
@@ -75,11 +76,14 @@ class Plan:
 def plan(job: Job) -> Plan:
     """Resolve a job without training anything.
 
+    Warns (`AdqSearchWarning`) of a precision that is slow on this machine.
+
     Raises:
         AdqSearchError: A task, layer, scheme or hardware that does not exist, an empty space, or a
             budget that no policy of the space meets.
     """
     task = load_task(job.task, job.task_options)
+    check_precision(job.training, task.example().device.type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.search.seed)
         summary = trace(task.make_network(), task.example())

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from adq_search.convert import apply_policy_
-from adq_search.errors import StorageError
+from adq_search.errors import AdqSearchWarning, StorageError
 from adq_search.job import Job
 from adq_search.plan import check_fingerprint, plan
 from adq_search.policy import FLOAT
@@ -67,3 +67,13 @@ def test_threads_follow_the_size_of_the_job(monkeypatch):
     assert threads_for(40_000_000, 128, workers=1) == 8
     assert threads_for(40_000_000, 128, workers=3) == 2
     assert threads_for(40_000_000, 128, workers=16) == 1
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["there", "not there"])
+def test_bfloat16_without_its_arithmetic_is_warned_of(is_there, monkeypatch, recwarn):
+    monkeypatch.setattr("adq_search.training.multiplies_bfloat16", lambda: is_there)
+    plan(JOB)
+    assert not recwarn.list
+    plan(JOB.with_training(precision="bfloat16"))
+    told = [w for w in recwarn.list if w.category is AdqSearchWarning]
+    assert [("reference code" in str(w.message)) for w in told] == ([] if is_there else [True])

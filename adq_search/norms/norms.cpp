@@ -194,18 +194,16 @@ extern "C" void adaptive(long half, const void* values, const float* weight, con
         const T* x = static_cast<const T*>(values);
         T* to = static_cast<T*>(out);
         all.each_group(sizeof(T), threads, [&](long first, long last) {
-            const long size = all.lines.size;
             for (long sample = first; sample < last; ++sample)
-                sample_means(all, by, x, sample * size, (sample + 1) * size,
-                             means + sample * channels);
+                sample_means(all, by, x, sample, means + sample * channels);
             steps_by_adapters(means + first * channels, raw, smallest, hidden, hidden_bias, output,
                               output_bias, least, steps + first, beta + first,
                               inner + (hidden ? first * width : 0), outputs + first, 1,
                               last - first, channels, width, 1);
             for (long sample = first; sample < last; ++sample) {
                 const Behind behind(by, steps[sample], *qmin, *qmax);
-                all.lines.along(sample * size, (sample + 1) * size, [&](long at, long of_line) {
-                    uniform_line(behind, x + at, to + at, of_line);
+                all.along(sample, [&](long at, long size) {
+                    uniform_line(behind, x + at, to + at, size);
                 });
             }
         });

@@ -13,12 +13,11 @@
 
 namespace {
 
-// Means of y by channel, of the sample from `begin` to `end`.
+// Means of y by channel, of one sample.
 template <class T>
-void sample_means(const Samples& all, const Clipped by, const T* x, long begin, long end,
-                  float* means) {
+void sample_means(const Samples& all, const Clipped by, const T* x, long sample, float* means) {
     std::vector<float> sum(all.lines.width);
-    all.lines.sum_down<1>(begin, end, {sum.data()}, [=](long j, auto kind) {
+    all.sum_down<1>(sample, {sum.data()}, [=](long j, auto kind) {
         using V = decltype(kind);
         const V a = at(by.a, j, kind), b = at(by.b, j, kind);
         return [=](long i) -> std::array<V, 1> {
@@ -75,12 +74,12 @@ SampleSums sample_slopes(const Samples& all, const Clipped by, const T* x, const
                          const float* steps, float qmin, float qmax, float* grad_steps,
                          long threads) {
     SampleSums found(all.n * all.lines.channels);
-    all.each(threads, [&](long sample, long begin, long end) {
+    all.each(threads, [&](long sample) {
         const long width = all.lines.width, place = sample * all.lines.channels;
         std::vector<float> first(width), second(width), open(width), distance(width);
         const Behind behind(by, steps[sample], qmin, qmax);
         double sum = 0.0;
-        all.lines.along(begin, end, [&](long at, long size) {
+        all.along(sample, [&](long at, long size) {
             sum += add_open_products(behind, x + at, upstream + at, first.data(), second.data(),
                                      open.data(), distance.data(), size);
         });
@@ -112,10 +111,10 @@ template <class T>
 void shared_slopes(const Samples& all, const Clipped by, const Pull& pull, const T* x,
                    const T* upstream, const float* steps, float qmin, float qmax,
                    const float* shares, T* grad_x, long threads) {
-    all.each(threads, [&](long sample, long begin, long end) {
+    all.each(threads, [&](long sample) {
         const Behind behind(by, steps[sample], qmin, qmax);
         const std::vector<float> share = all.lines.repeated(shares + sample * all.lines.channels);
-        all.lines.along(begin, end, [&](long at, long size) {
+        all.along(sample, [&](long at, long size) {
             shared_slopes_line(behind, x + at, upstream + at, share.data(), pull.line(),
                                grad_x + at, size);
         });

@@ -144,48 +144,83 @@ inline void steps_by_adapters(const float* mean, const float* raw, float smalles
     });
 }
 
-// Gradients to the means, to the raw steps (with LSQ's scale 1 / sqrt(qmax features)) and to the
-// adapters, from those to the steps.
+// What trains adapters of `slots` quantizers: figures that the forward pass kept, and gradients to
+// outputs and hidden activations before their ReLUs, # shape: (slots, samples) and (..., width).
+class AdapterGradients {
+  public:
+    AdapterGradients(const float* mean, const float* raw, float smallest, const float* hidden,
+                     const float* output, float least, const float* beta, const float* inner,
+                     const float* outputs, long slots, long samples, long channels, long width)
+        : mean_(mean), raw_(raw), hidden_(hidden), output_(output), beta_(beta),
+          last_(hidden ? inner : mean), outputs_(outputs), smallest_(smallest), least_(least),
+          slots_(slots), samples_(samples), channels_(channels), width_(width),
+          to_out_(slots * samples), to_inner_(hidden ? slots * samples * width : 0) {}
+
+    // Gradients to the means of n samples from `first` on, of the j-th slot, from those to the steps
+    // of all.
+    void pull(const float* to_steps, long j, long first, long n, float* to_means) {
+        const Adapter adapter(hidden_, nullptr, output_, nullptr, channels_, width_, j);
+        const float step = positive(raw_[j], smallest_);
+        for (long i = first; i < first + n; ++i)
+            to_out_[i] = outputs_[i] >= least_ ? to_steps[i] * step : 0.0f;
+        adapter.pull(&to_out_[first], n, last_ + first * width_,
+                     hidden_ ? &to_inner_[first * width_] : nullptr, to_means + first * channels_);
+    }
+
+    // Once all are pulled: gradients to the raw steps (with LSQ's scale 1 / sqrt(qmax features)) and
+    // to the adapters.
+    void total(const float* to_steps, const float* qmax, float features, float* grad_raw,
+               float* grad_hidden, float* grad_hidden_bias, float* grad_output,
+               float* grad_output_bias, long threads) const {
+        for (long j = 0; j < slots_; ++j) {
+            double to_step = 0.0, to_bias = 0.0;
+            float* own = grad_output + j * width_;
+            std::fill(own, own + width_, 0.0f);
+            for (long i = j * samples_; i < (j + 1) * samples_; ++i) {
+                to_step += static_cast<double>(to_steps[i]) * beta_[i];
+                to_bias += to_out_[i];
+            }
+            add_all_scaled(&to_out_[j * samples_], 1, last_ + j * samples_ * width_, samples_, own,
+                           width_);
+            const float scale = 1.0f / std::sqrt(qmax[j] * features);
+            grad_raw[j] = static_cast<float>(to_step) * (raw_[j] < 0.0f ? -scale : scale);
+            grad_output_bias[j] = static_cast<float>(to_bias);
+        }
+        if (!hidden_) return;
+        in_threads(slots_ * width_, products(), threads, [=](long row) {
+            const long j = row / width_;
+            const float* by = &to_inner_[j * samples_ * width_ + row % width_];
+            float *own = grad_hidden + row * channels_, bias = 0.0f;
+            std::fill(own, own + channels_, 0.0f);
+            for (long i = 0; i < samples_; ++i) bias += by[i * width_];
+            add_all_scaled(by, width_, mean_ + j * samples_ * channels_, samples_, own, channels_);
+            grad_hidden_bias[row] = bias;
+        });
+    }
+
+    long products() const { return slots_ * samples_ * channels_ * width_; }
+
+  private:
+    const float *mean_, *raw_, *hidden_, *output_, *beta_, *last_, *outputs_;
+    float smallest_, least_;
+    long slots_, samples_, channels_, width_;
+    std::vector<float> to_out_, to_inner_;
+};
+
+// All of it: gradients to the means, to the raw steps and to the adapters, from those to the steps.
 inline void adapters_backward(
-    const float* mean, const float* upstream, const float* raw, float smallest,
+    const float* mean, const float* to_steps, const float* raw, float smallest,
     const float* qmax, float features, const float* hidden, const float* output, float least,
     const float* beta, const float* inner, const float* outputs, float* to_means, float* grad_raw,
     float* grad_hidden, float* grad_hidden_bias, float* grad_output, float* grad_output_bias,
     long slots, long samples, long channels, long width, long threads) {
-    const float* last = hidden ? inner : mean;  // what the output layer reads
-    std::vector<float> to_outs(slots * samples), to_inners(hidden ? slots * samples * width : 0);
-    float *to_out = to_outs.data(), *to_inner = to_inners.data();
-    const long products = slots * samples * channels * width;
-    for_samples(slots, samples, products, threads, [=](long j, long first, long n) {
-        const Adapter adapter(hidden, nullptr, output, nullptr, channels, width, j);
-        for (long i = first; i < first + n; ++i)
-            to_out[i] = outputs[i] >= least ? upstream[i] * positive(raw[j], smallest) : 0.0f;
-        adapter.pull(to_out + first, n, last + first * width,
-                     to_inner + (hidden ? first * width : 0), to_means + first * channels);
+    AdapterGradients gradients(mean, raw, smallest, hidden, output, least, beta, inner, outputs,
+                               slots, samples, channels, width);
+    for_samples(slots, samples, gradients.products(), threads, [&](long j, long first, long n) {
+        gradients.pull(to_steps, j, first, n, to_means);
     });
-    for (long j = 0; j < slots; ++j) {
-        double to_step = 0.0, to_bias = 0.0;
-        float* own = grad_output + j * width;
-        std::fill(own, own + width, 0.0f);
-        for (long i = j * samples; i < (j + 1) * samples; ++i) {
-            to_step += static_cast<double>(upstream[i]) * beta[i];
-            to_bias += to_out[i];
-        }
-        add_all_scaled(to_out + j * samples, 1, last + j * samples * width, samples, own, width);
-        const float scale = 1.0f / std::sqrt(qmax[j] * features);
-        grad_raw[j] = static_cast<float>(to_step) * (raw[j] < 0.0f ? -scale : scale);
-        grad_output_bias[j] = static_cast<float>(to_bias);
-    }
-    if (!hidden) return;
-    in_threads(slots * width, products, threads, [=](long row) {
-        const long j = row / width;
-        const float* by = to_inner + j * samples * width + row % width;
-        float *own = grad_hidden + row * channels, bias = 0.0f;
-        std::fill(own, own + channels, 0.0f);
-        for (long i = 0; i < samples; ++i) bias += by[i * width];
-        add_all_scaled(by, width, mean + j * samples * channels, samples, own, channels);
-        grad_hidden_bias[row] = bias;
-    });
+    gradients.total(to_steps, qmax, features, grad_raw, grad_hidden, grad_hidden_bias, grad_output,
+                    grad_output_bias, threads);
 }
 
 }  // namespace

@@ -194,9 +194,8 @@ extern "C" void adaptive(long half, const void* values, float low, float high, c
         const T* y = kept ? kept : x;
         all.each_group(sizeof(T), threads, [&](long first, long last) {
             for (long sample = first; sample < last; ++sample) {
-                const long begin = sample * all.lines.size, end = begin + all.lines.size;
                 std::vector<float> sum(all.lines.width);
-                all.lines.sum_down<1>(begin, end, {sum.data()}, [=](long, auto kind) {
+                all.sum_down<1>(sample, {sum.data()}, [=](long, auto kind) {
                     using V = decltype(kind);
                     return [=](long i) -> std::array<V, 1> {
                         const V value = at(x, i, V{});
@@ -215,7 +214,7 @@ extern "C" void adaptive(long half, const void* values, float low, float high, c
                               inner + (hidden ? first * width : 0), outputs + first, 1,
                               last - first, channels, width, 1);
             for (long sample = first; sample < last; ++sample) {
-                const long begin = sample * all.lines.size;
+                const long begin = all.begin(sample);
                 uniform_block(y + begin, steps[sample], *qmin, *qmax, to + begin, all.lines.size);
             }
         });
@@ -231,34 +230,38 @@ extern "C" void adaptive_backward(
     long width, long samples, long pixels, long channels, long threads) {
     const Samples all(samples, pixels, channels);
     std::vector<float> grad_steps(samples), shares(samples * channels);
+    AdapterGradients gradients(means, raw, smallest, hidden, output, least, beta, inner, outputs, 1,
+                               samples, channels, width);
     typed(half, [&](auto kind) {
         using T = decltype(kind);
         const T *y = static_cast<const T*>(values), *r = static_cast<const T*>(upstream);
         const T* other = static_cast<const T*>(beside);
         T* to = static_cast<T*>(grad_values);
-        all.each(threads, [&](long sample, long begin, long end) {
-            const Grid grid(steps[sample], *qmin, *qmax);
-            double sum = 0.0;
-            all.lines.along(begin, end, [&](long at, long size) {
-                sum += step_slope(y + at, r + at, grid, size);
-            });
-            grad_steps[sample] = static_cast<float>(sum);
-        });
-        adapters_backward(means, grad_steps.data(), raw, smallest, qmax, features, hidden, output,
-                          least, beta, inner, outputs, shares.data(), grad_raw, grad_hidden,
-                          grad_hidden_bias, grad_output, grad_output_bias, 1, samples, channels,
-                          width, threads);
-        for (float& share : shares) share /= static_cast<float>(pixels);
-        all.each(threads, [&](long sample, long begin, long end) {
-            const Grid grid(steps[sample], *qmin, *qmax);
-            const float* own = shares.data() + sample * channels;
-            const std::vector<float> share = all.lines.repeated(own);
-            all.lines.along(begin, end, [&](long at, long size) {
-                shared_line(grid, y + at, r + at, share.data(), to + at, size);
-                if (other) join_block(y + at, other + at, low, high, to + at, size);
-            });
+        // A group's values are passed over twice while they are near.
+        all.each_group(3 * sizeof(T), threads, [&](long first, long last) {
+            for (long sample = first; sample < last; ++sample) {
+                const Grid grid(steps[sample], *qmin, *qmax);
+                double sum = 0.0;
+                all.along(sample, [&](long at, long size) {
+                    sum += step_slope(y + at, r + at, grid, size);
+                });
+                grad_steps[sample] = static_cast<float>(sum);
+            }
+            gradients.pull(grad_steps.data(), 0, first, last - first, shares.data());
+            for (long sample = first; sample < last; ++sample) {
+                const Grid grid(steps[sample], *qmin, *qmax);
+                float* own = shares.data() + sample * channels;
+                for (long c = 0; c < channels; ++c) own[c] /= static_cast<float>(pixels);
+                const std::vector<float> share = all.lines.repeated(own);
+                all.along(sample, [&](long at, long size) {
+                    shared_line(grid, y + at, r + at, share.data(), to + at, size);
+                    if (other) join_block(y + at, other + at, low, high, to + at, size);
+                });
+            }
         });
     });
+    gradients.total(grad_steps.data(), qmax, features, grad_raw, grad_hidden, grad_hidden_bias,
+                    grad_output, grad_output_bias, threads);
 }
 
 // `index`: how many cuts lie below each value.

@@ -121,6 +121,17 @@ struct Samples {
 
     Samples(long n, long pixels, long channels) : n(n), lines(pixels, channels) {}
 
+    long begin(long sample) const { return sample * lines.size; }
+
+    // `Lines::along` and `Lines::sum_down` one sample.
+    template <class Use>
+    void along(long sample, const Use use) const {
+        lines.along(begin(sample), begin(sample + 1), use);
+    }
+    template <size_t N, class Terms>
+    void sum_down(long sample, const std::array<float*, N> sums, const Terms terms) const {
+        lines.sum_down(begin(sample), begin(sample + 1), sums, terms);
+    }
     // Call `work(first, last)` for groups of samples, as many as adapters take at once or as stay near.
     template <class Work>
     void each_group(long bytes_of_value, long threads, const Work work) const {
@@ -131,13 +142,12 @@ struct Samples {
         for (long group = 0; group < groups; ++group)
             work(group * in_group, std::min(n, (group + 1) * in_group));
     }
-    // Call `work(sample, begin, end)` for each sample.
+    // Call `work(sample)` for each sample.
     template <class Work>
     void each(long threads, const Work work) const {
         if (n * lines.size < VALUES_WORTH_THREADS) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (long sample = 0; sample < n; ++sample)
-            work(sample, sample * lines.size, (sample + 1) * lines.size);
+        for (long sample = 0; sample < n; ++sample) work(sample);
     }
     // Sums of a line's places by channel; of pixels, halves are added to each other while they are even.
     void fold(std::vector<float>& of_line, float* of_channels) const {

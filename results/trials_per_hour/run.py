@@ -61,6 +61,16 @@ CONTESTANTS = {
     f"now, {CORES} workers, bfloat16": Contestant(processes=CORES, precision="bfloat16"),
     "floor: now, 1 worker, nothing quantized": Contestant(is_float=True),
 }
+
+
+def contestants_here():
+    """Names of those that this processor has the arithmetic for."""
+    from adq_search.training import multiplies_bfloat16  # noqa: PLC0415
+
+    can_half = multiplies_bfloat16()
+    return [name for name, c in CONTESTANTS.items() if can_half or c.precision == "float32"]
+
+
 PURE = ("forward and loss", "backward", "optimizer")
 #: What belongs to which phase, by module and name; what is in no other phase is "all else".
 PLACES = {
@@ -239,7 +249,7 @@ def race(job, old, n_trials, rounds):
     ]
     plain = Policy.uniform([layer.name for layer in planned.summary.layers], FLOAT).to_json()
     with tempfile.TemporaryDirectory() as folder:
-        teams = {name: start(job, name, old, folder) for name in CONTESTANTS}
+        teams = {name: start(job, name, old, folder) for name in contestants_here()}
 
         def policies_of(name):
             return [plain] * n_trials if CONTESTANTS[name].is_float else drawn
