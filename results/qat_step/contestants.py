@@ -181,14 +181,15 @@ class Contestant:
         self.optimizer.step()
 
 
-def variants(*, with_compiled, with_eager):
+def variants(*, with_compiled, with_eager, with_bf16):
     """Names of all contestants: a base, and after a comma how it is run."""
-    names = ["float", "float, norms", "float, bf16", "floor", "aten"]
+    names = ["float", "float, norms", "floor", "aten"]
+    names += ["float, bf16"] if with_bf16 else []
     names += ["float, compiled", "lsq, compiled"] if with_compiled else []
     names += ["brevitas"] if brevitas_nn is not None else []
     for scheme in SCHEMES:
         names.append(scheme)
-    names += ["lsq, bf16", "post, bf16", "asq, bf16", "adq, bf16"]
+    names += [f"{scheme}, bf16" for scheme in ("lsq", "post", "asq", "adq")] if with_bf16 else []
     if with_eager:
         names += [f"{scheme}, eager" for scheme in ("lsq", "post", "asq", "adq")]
     return names

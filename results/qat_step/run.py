@@ -5,7 +5,9 @@ Usage: python results/qat_step/run.py [--threads N] [--rounds N] [--networks NAM
 
 In every round each contestant of a network trains one step, in turn, on the same cores; ratios
 are taken within rounds. Writes steps.csv (a row a network, contestant and round), kernels.csv,
-steps.md, kernels.md, steps.svg and run.json. Brevitas takes part where it is installed
+steps.md, kernels.md, steps.svg and run.json into the folder of this processor's instructions
+(`avx2`, `avx512`). Contestants in bfloat16 take part where torch has its arithmetic for the
+processor. Brevitas takes part where it is installed
 (`pip install brevitas`); `--compiled` adds the float and the LSQ network under torch.compile as a
 whole (a minute each to compile). Takes about ten minutes on two cores; weights and data are random.
 """
@@ -24,8 +26,9 @@ from contestants import NETWORKS, SCHEMES, Contestant, peak_bytes, variants
 from kernels import kernel_table, race_kernels
 
 from adq_search.provenance import provenance
+from adq_search.training import multiplies_bfloat16
 
-HERE = Path(__file__).parent
+OUT = Path(__file__).parent / torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
 SEED = 0
 #: Without these glibc gives freed activations back to the system and asks for them again each step.
 ALLOCATOR = {
@@ -146,7 +149,7 @@ def drawn(found):
 
 
 def write_csv(name, rows):
-    with (HERE / name).open("w", newline="") as file:
+    with (OUT / name).open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -167,18 +170,24 @@ def main():
     made = provenance(seed=SEED)  # of the tree before files in it change
     rows = []
     for network in asked.networks:
-        names = variants(with_compiled=network in asked.compiled, with_eager=not asked.no_eager)
+        names = variants(
+            with_compiled=network in asked.compiled,
+            with_eager=not asked.no_eager,
+            with_bf16=multiplies_bfloat16(),
+        )
         rows += race(network, names, asked.rounds)
+    OUT.mkdir(exist_ok=True)
     found = summary(rows)
     kernels = race_kernels(asked.rounds)
     write_csv("steps.csv", rows)
     write_csv("kernels.csv", kernels)
-    (HERE / "steps.md").write_text(table(found))
-    (HERE / "kernels.md").write_text(kernel_table(kernels))
-    (HERE / "steps.svg").write_text(drawn(found))
+    (OUT / "steps.md").write_text(table(found))
+    (OUT / "kernels.md").write_text(kernel_table(kernels))
+    (OUT / "steps.svg").write_text(drawn(found))
     made |= {"threads": asked.threads, "allocator": ALLOCATOR, "load": os.getloadavg()}
+    made["instructions"] = torch.backends.cpu.get_cpu_capability()
     made["wall_s"] = round(time.perf_counter() - start)
-    (HERE / "run.json").write_text(json.dumps(made, indent=2) + "\n")
+    (OUT / "run.json").write_text(json.dumps(made, indent=2) + "\n")
     print(table(found), kernel_table(kernels), sep="\n")
 
 
