@@ -314,7 +314,7 @@ def threads_for(macs: int, batch_size: int, *, workers: int) -> int:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether torch has convolutions in bfloat16 for this processor, other than slow ones."""
+    """Return whether torch has more than reference code for bfloat16 on this processor."""
     is_there = torch.backends.mkldnn.is_available()
     return is_there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -1,7 +1,7 @@
 """The C++ passes agree with tensor operations on processors that have less than this one.
 
-Each case builds them anew, with a compiler that is told to leave instructions out, and runs tests of
-all passes in a process of its own.
+Each case builds them anew, with a compiler that is told to leave instructions out, and runs tests
+of all passes in a process of its own.
 """
 
 import os

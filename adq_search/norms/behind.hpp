@@ -71,9 +71,8 @@ float add_uniform_products(const Behind behind, const T* x, const T* upstream, f
     return either(behind.is_narrower(), [=](const auto is_narrower) {
         return sum_over(size, [=](long j, auto kind) {
             const auto found = gradients_at(behind, x, upstream, j, kind);
-            const auto r = is_narrower
-                ? found.to_y
-                : within(found.open, behind.by.low, behind.by.high, found.to_y);
+            const auto r =
+                is_narrower ? found.to_y : where_open(behind.by, found.open, found.to_y);
             add_at(first, j, r);
             add_at(second, j, r * (found.x - at(behind.by.mean, j, kind)));
             return found.to_step;
@@ -81,18 +80,16 @@ float add_uniform_products(const Behind behind, const T* x, const T* upstream, f
     });
 }
 
-// `slopes_line` with gradients through uniform quantization.
-template <class T>
+// `slopes_line` with gradients through uniform quantization; `through(to_y, open, j)` is what of
+// those to y passes the clipping.
+template <class T, class Through>
 void uniform_slopes_line(const Behind behind, const T* x, const T* upstream, const Line less,
-                         T* grad_x, long size) {
-    either(behind.is_narrower(), [=](const auto is_narrower) {
-        for_values(size, [=](long j, auto kind) {
-            const auto value = at(x, j, kind), open = open_at(behind.by, value, j);
-            const auto y = as_stored(open, x);
-            const auto to_y = within(y, behind.low, behind.high, at(upstream, j, kind));
-            const auto r = is_narrower ? to_y : within(open, behind.by.low, behind.by.high, to_y);
-            set(grad_x, j, less.slope_at(behind.by, value, r, j));
-        });
+                         T* grad_x, long size, const Through through) {
+    for_values(size, [=](long j, auto kind) {
+        const auto value = at(x, j, kind), open = open_at(behind.by, value, j);
+        const auto y = as_stored(open, x);
+        const auto to_y = within(y, behind.low, behind.high, at(upstream, j, kind));
+        set(grad_x, j, less.slope_at(behind.by, value, through(to_y, open, j), j));
     });
 }
 
@@ -134,8 +131,14 @@ struct UniformSlopes {
         });
     }
     void write(long begin, long end, const Line less) {
-        lines.along(begin, end, [=](long at, long size) {
-            uniform_slopes_line(behind, x + at, upstream + at, less, grad_x + at, size);
+        either(behind.is_narrower(), [=](const auto is_narrower) {
+            const Clipped by = behind.by;
+            const auto through = [=](auto to_y, auto open, long) {
+                return is_narrower ? to_y : where_open(by, open, to_y);
+            };
+            lines.along(begin, end, [=](long at, long size) {
+                uniform_slopes_line(behind, x + at, upstream + at, less, grad_x + at, size, through);
+            });
         });
     }
 };

@@ -78,10 +78,16 @@ void clipped_line(const Clipped by, const T* x, T* y, long size) {
     });
 }
 
-// The gradient to y where the clipping lets it through, else 0.
+// Values where the clipping lets gradients through, else 0; `open` is a x + b.
+template <class V>
+inline V where_open(const Clipped by, V open, V then) {
+    return within(open, by.low, by.high, then);
+}
+
+// The gradient to y, let through.
 template <class V>
 inline V let_through(const Clipped by, V x, V grad_y, long j) {
-    return within(open_at(by, x, j), by.low, by.high, grad_y);
+    return where_open(by, open_at(by, x, j), grad_y);
 }
 
 template <class T>

@@ -34,15 +34,13 @@ float add_open_products(const Behind behind, const T* x, const T* upstream, floa
                         float* second, float* open, float* distance, long size) {
     return sum_over(size, [=](long j, auto kind) {
         const Clipped by = behind.by;
-        const auto where_open = [=](auto value, auto open_value) {
-            return within(open_value, by.low, by.high, value);
-        };
         const auto found = gradients_at(behind, x, upstream, j, kind);
-        const auto r = where_open(found.to_y, found.open), far = found.x - at(by.mean, j, kind);
+        const auto r = where_open(by, found.open, found.to_y);
+        const auto far = found.x - at(by.mean, j, kind);
         add_at(first, j, r);
         add_at(second, j, r * far);
-        add_at(open, j, where_open(kind + 1.0f, found.open));
-        add_at(distance, j, where_open(far, found.open));
+        add_at(open, j, where_open(by, found.open, kind + 1.0f));
+        add_at(distance, j, where_open(by, found.open, far));
         return found.to_step;
     });
 }
@@ -92,20 +90,6 @@ SampleSums sample_slopes(const Samples& all, const Clipped by, const T* x, const
     return found;
 }
 
-// `uniform_slopes_line`; to each gradient to y its `share` is added where the clipping is open.
-template <class T>
-void shared_slopes_line(const Behind behind, const T* x, const T* upstream, const float* share,
-                        const Line less, T* grad_x, long size) {
-    for_values(size, [=](long j, auto kind) {
-        const auto value = at(x, j, kind), open = open_at(behind.by, value, j);
-        const auto y = as_stored(open, x);
-        const auto to_y = within(y, behind.low, behind.high, at(upstream, j, kind));
-        const auto r =
-            within(open, behind.by.low, behind.by.high, to_y + at(share, j, kind));
-        set(grad_x, j, less.slope_at(behind.by, value, r, j));
-    });
-}
-
 // Gradients to x, with `shares` added to those to y, # shape: (samples, channels).
 template <class T>
 void shared_slopes(const Samples& all, const Clipped by, const Pull& pull, const T* x,
@@ -113,10 +97,14 @@ void shared_slopes(const Samples& all, const Clipped by, const Pull& pull, const
                    const float* shares, T* grad_x, long threads) {
     all.each(threads, [&](long sample) {
         const Behind behind(by, steps[sample], qmin, qmax);
-        const std::vector<float> share = all.lines.repeated(shares + sample * all.lines.channels);
+        const std::vector<float> own = all.lines.repeated(shares + sample * all.lines.channels);
+        const float* share = own.data();
+        const auto through = [=](auto to_y, auto open, long j) {
+            return where_open(by, open, to_y + at(share, j, to_y));
+        };
         all.along(sample, [&](long at, long size) {
-            shared_slopes_line(behind, x + at, upstream + at, share.data(), pull.line(),
-                               grad_x + at, size);
+            uniform_slopes_line(behind, x + at, upstream + at, pull.line(), grad_x + at, size,
+                                through);
         });
     });
 }

@@ -15,7 +15,9 @@
 
 namespace {
 
+// Values that are summed together.
 constexpr long BLOCK = 4096;
+
 // The step in use: `positive_step` of `_through.py`.
 inline float positive(float raw, float smallest) {
     const float magnitude = std::fabs(raw);

@@ -45,7 +45,8 @@ class Cuts {
         }
     }
 
-    // How many lie below each value of a strip; none for NaN.
+    // How many lie below each value of a strip; none for NaN. Strips would go through memory if it
+    // were a call.
     [[gnu::always_inline]] IntStrip below(const Strip& z) const {
         IntStrip count = {};
         if (depth_ == 0) {
@@ -59,8 +60,6 @@ class Cuts {
         for (long d = N_NARROW + 1; d < depth_; ++d) step(z, count, FarTable{level(d)});
         return count;
     }
-
-    long size() const { return static_cast<long>(sorted_.size()); }
 
   private:
     // Levels of up to 8 nodes; the next one has `NEAR`, and those behind lie in memory.
@@ -88,7 +87,7 @@ class Levels {
     // strip, and its index; NaN stays.
     template <class Use>
     auto search(const Use use) const {
-        return with_tables(n_, [&](const auto table) {
+        const auto search_in = [&](const auto table) {
             return use([&, table](const Strip& z, IntStrip& index) {
                 index = cuts_.below(z);
                 Strip found;
@@ -96,7 +95,8 @@ class Levels {
                     found.of[j] = z.of[j] == z.of[j] ? table.at(index.of[j]) : z.of[j];
                 return found;
             });
-        }, levels_);
+        };
+        return with_tables(n_, search_in, levels_);
     }
 
   private:
