@@ -1,10 +1,11 @@
 """ONNX in integers: every layer sums integer codes, whatever its scheme, and rescales the sums.
 
-Inputs become codes of 8 bits or fewer; weights are 8-bit words in one bank, or in r banks with
+Inputs become codes of 8 bits or fewer; weights are 8-bit words, in one bank, or in r banks with
 disjoint weights for powers of the r-th root of two (POST: two). Words that 8 bits do not hold (POT
-from 5 bits on) take several banks, one for each 7 bits of their magnitude. Each bank is a
-`ConvInteger` or `MatMulInteger`, whose 32-bit sums are exact; they are scaled by the bank's
-constant, added, scaled by the weights' and the inputs' step, and the bias is added, in float64.
+from 5 bits on) take several banks, one for each 7 bits of their magnitude. Codes and words are held
+as unsigned. Each bank is a `ConvInteger` or `MatMulInteger`, whose 32-bit sums are exact; they are
+scaled by the bank's constant, added, scaled by the weights' and the inputs' step, and the bias is
+added, in float64.
 Between layers the graph is the float network's: this is the form that onnxruntime runs, not the
 form of a chip.
 """
@@ -32,7 +33,9 @@ from adq_search.quantizers._thresholds import MIN_WIDTH
 
 #: Returns the names of the codes, in floating point, and of the value of code 1.
 CodesOf = Callable[[Piece, QuantLayer, int, str], tuple[str, str]]
-#: Code 0 of signed inputs, which onnxruntime's convolution takes as unsigned.
+#: What stands for 0 in signed codes and words, which the graph holds as unsigned: onnxruntime's
+#: convolution takes no signed inputs, and on processors with AVX2 alone its products of unsigned
+#: and signed words saturate at 16 bits.
 ZERO_OF_SIGNED = 128
 _LARGEST_SUM = 2**31 - 1
 #: Words beyond 8 bits are split into digits of this base, each with the word's sign.
@@ -78,15 +81,17 @@ class IntegerLayers:
             codes = piece.node("Add", codes, piece.constant("offset", _float(zero)))
         codes = piece.node("Cast", codes, to=types.UINT8)
         origin = piece.constant("origin", np.array(zero, np.int64), "UINT8")
+        nothing = piece.constant("nothing", np.array(ZERO_OF_SIGNED, np.int64), "UINT8")
         unit = weight_words(layer.weight_quantizer, layer.get_parameter("weight")).unit
         is_linear = isinstance(layer, nn.Linear)
         shape = (-1,) if is_linear else (1, -1, *(1 for _ in range(rank - 2)))
         total = ""
         for j, (bank, constant) in enumerate(int8_banks(layer)):
-            held = piece.constant(f"bank_{j}", bank.T if is_linear else bank, "INT8")
+            words = (bank.T if is_linear else bank) + ZERO_OF_SIGNED
+            held = piece.constant(f"bank_{j}", words, "UINT8")
             operator = "MatMulInteger" if is_linear else "ConvInteger"
             geometry = {} if is_linear else _geometry(layer)
-            sums = piece.node(operator, codes, held, origin, **geometry)
+            sums = piece.node(operator, codes, held, origin, nothing, **geometry)
             worth = piece.constant(f"worth_{j}", (unit * constant).reshape(shape))
             scaled = piece.node("Mul", piece.node("Cast", sums, to=types.DOUBLE), worth)
             total = piece.node("Add", total, scaled) if total else scaled
