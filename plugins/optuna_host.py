@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from adq_search.errors import StorageError, TaskError
 from adq_search.hosting import HostOptions, HostOutcome, alone_in
 from adq_search.leading import leading
+from adq_search.own_process import set_up_process
 from adq_search.parallel import ALONE, Ranks
 from adq_search.plan import Plan
 from adq_search.plugins._interrupts import remembered
@@ -279,7 +280,7 @@ def _start_helpers(
 def _help(folder: Path, options: HostOptions, index: int, n_threads: int) -> None:
     """Be a worker process; Ctrl-C in the terminal is the first process's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(n_threads)
+    set_up_process(n_threads)
     parent = multiprocessing.parent_process()
 
     def stop_when_orphaned() -> None:

@@ -26,6 +26,7 @@ import torch
 from adq_search.donors import bring_donor, donor_result, is_donor_chosen
 from adq_search.errors import StorageError
 from adq_search.job import MEASURED
+from adq_search.own_process import set_up_process
 from adq_search.plan import Plan
 from adq_search.plugins._ray_home import donor_at_home, measured_at_home
 from adq_search.plugins._ray_installed import tune
@@ -113,7 +114,7 @@ def adq_policy(
 
     Its name is that of the trainable, which `Tuner.restore` compares.
     """
-    torch.set_num_threads(n_threads)
+    set_up_process(n_threads)
     session = opened(parcel)
     plan = session.plan
     params = dict(config)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROWS = [
     {"errors", "progress", "provenance"},
-    {"files", "validation", "native"},
+    {"files", "validation", "native", "own_process"},
     {"native_function", "tracing", "pareto", "policy", "parallel"},
     {"convolution", "layout", "quantizers"},
     {"layers", "hardware", "global_batch_norm"},

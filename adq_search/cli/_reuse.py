@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +22,7 @@ from adq_search.evaluation import evaluate
 from adq_search.files import write_atomic, write_json
 from adq_search.hardware import cost, load_hardware, total_of
 from adq_search.job import Job
+from adq_search.own_process import set_up_process
 from adq_search.plan import plan
 from adq_search.policy import load_policy, save_policy
 from adq_search.prior import allocate as allocate_bits
@@ -72,7 +72,7 @@ def allocate(
     }
     job = validated(Job, content, SpaceError, what="the allocation")
     planned = plan(job)
-    torch.set_num_threads(threads_for(planned.summary.macs, job.training.batch_size, workers=1))
+    set_up_process(threads_for(planned.summary.macs, job.training.batch_size, workers=1))
     with ShownProgress(console) as progress:
         network = teacher_of(with_teacher(planned.task, teacher), seed, progress)
         table = measure_sensitivity(planned, Teacher(network, planned.task), progress)
@@ -135,7 +135,7 @@ def train(
     found = with_teacher(load_task(task, job.task_options), teacher)
     summary = trace(found.make_network(), found.example())
     check_policy_fits(chosen, summary.all_names)
-    torch.set_num_threads(threads_for(summary.macs, job.training.batch_size, workers=1))
+    set_up_process(threads_for(summary.macs, job.training.batch_size, workers=1))
     report = cost(summary, chosen, load_hardware(job.search.hardware))
     with ShownProgress(console) as progress:
         network = teacher_of(found, seed, progress)

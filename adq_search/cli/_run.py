@@ -7,7 +7,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from adq_search.errors import AdqSearchError, SpaceError, did_you_mean
 from adq_search.hosting import Host, HostOptions
 from adq_search.job import Job
 from adq_search.leading import leading
+from adq_search.own_process import set_up_process
 from adq_search.plan import Plan, plan
 from adq_search.report import certainty, front_table, read_front, rebuild, within_budgets
 from adq_search.results import write_outcome
@@ -86,7 +86,7 @@ def run(
     console = Console()
     ranks = launched()
     if not ranks.is_first:
-        torch.set_num_threads(threads or threads_each())
+        set_up_process(threads or threads_each())
         follow_to_the_end(ranks)
         return
     job, name = find_job(space)
@@ -117,10 +117,10 @@ def run(
     runner = find_host(host)
     planned = plan(job)
     size = planned.summary.macs, job.training.batch_size
-    torch.set_num_threads(threads or threads_for(*size, workers=max(1, options.workers)))
+    set_up_process(threads or threads_for(*size, workers=max(1, options.workers)))
     if ranks.size > 1:
         _check_trains_here(host, options.workers)
-        torch.set_num_threads(threads or threads_each())
+        set_up_process(threads or threads_each())
     runner.check(planned, folder, options)
     _tell_what_is_reachable(console, planned)
     with ShownProgress(console) as progress:

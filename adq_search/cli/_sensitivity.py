@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +24,7 @@ from adq_search.cli._reuse import (
 from adq_search.distill import Teacher
 from adq_search.errors import SensitivityError, did_you_mean
 from adq_search.files import write_json, write_text
+from adq_search.own_process import set_up_process
 from adq_search.plan import plan
 from adq_search.policy import LayerPrecision
 from adq_search.provenance import provenance
@@ -71,7 +71,7 @@ def sensitivity(
     job = recipe_of(task, space).with_search(**changes)
     planned = plan(job)
     folder = out or Path("results") / f"sensitivity_{planned.task.name}"
-    torch.set_num_threads(threads_for(planned.summary.macs, job.training.batch_size, workers=1))
+    set_up_process(threads_for(planned.summary.macs, job.training.batch_size, workers=1))
     with ShownProgress(console) as progress:
         network = teacher_of(with_teacher(planned.task, teacher), seed, progress)
         table = measure_sensitivity(

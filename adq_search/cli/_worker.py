@@ -9,7 +9,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
@@ -17,6 +16,7 @@ from adq_search.cli._progress import ShownProgress
 from adq_search.cli._ranks import follow_to_the_end, launched, threads_each
 from adq_search.cli._run import find_host
 from adq_search.errors import AdqSearchError, StorageError
+from adq_search.own_process import set_up_process
 from adq_search.status import SharingHost
 
 StorageOption = Annotated[
@@ -51,7 +51,7 @@ def worker(
     console = Console()
     signal.signal(signal.SIGTERM, _interrupt)  # how a batch system says stop
     ranks = launched()
-    torch.set_num_threads(threads or (1 if ranks.size == 1 else threads_each()))
+    set_up_process(threads or (1 if ranks.size == 1 else threads_each()))
     if not ranks.is_first:
         follow_to_the_end(ranks)
         return

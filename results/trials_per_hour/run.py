@@ -14,7 +14,7 @@ were made faster:
 Contestants are warm worker processes with one thread. In every round each contestant measures the
 same random policies of the job's space, in turn: calibration, training, batch-norm re-estimation,
 evaluation, files. Epochs are equal. A finished round is appended to rounds.csv at once; rates.md,
-phases.md and run.json follow it.
+phases.md and run.json follow it, in the folder of the processor's instructions (`avx2`, `avx512`).
 """
 
 import argparse
@@ -61,6 +61,13 @@ CONTESTANTS = {
     f"now, {CORES} workers, bfloat16": Contestant(processes=CORES, precision="bfloat16"),
     "floor: now, 1 worker, nothing quantized": Contestant(is_float=True),
 }
+
+
+def instructions():
+    """Name of the folder for this processor: `avx2`, `avx512`."""
+    import torch  # noqa: PLC0415
+
+    return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
 
 
 def contestants_here():
@@ -149,12 +156,17 @@ def serve(name, folder, per_pass, precision):
     """Measure the policies that come in, a list a line; answer with seconds by phase."""
     import torch  # noqa: PLC0415
 
-    torch.set_num_threads(1)
     import adq_search.session  # noqa: PLC0415
     from adq_search.cli._spaces import find_job  # noqa: PLC0415
     from adq_search.plan import plan  # noqa: PLC0415
     from adq_search.policy import Policy  # noqa: PLC0415
 
+    try:
+        from adq_search.own_process import set_up_process  # noqa: PLC0415
+    except ImportError:  # an older version set threads alone
+        torch.set_num_threads(1)
+    else:
+        set_up_process(1)
     job = find_job(name)[0].with_search(prior=None, seed=SEED)
     if per_pass > 1:
         job = job.with_training(networks_per_pass=per_pass)
@@ -338,12 +350,13 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--jobs", nargs="+", default=["digits", "mnist5k"])
     parser.add_argument("--trials", type=int, help="Trials of a round [16; on mnist5k 8].")
-    parser.add_argument("--out", type=Path, default=HERE, help="Folder of the tables.")
+    parser.add_argument("--out", type=Path, help="Folder of the tables [by instruction set].")
     parser.add_argument("--go-on", action="store_true", help="Keep the rounds of rounds.csv.")
     parser.add_argument("--tables", action="store_true", help="Only write the tables again.")
     asked = parser.parse_args()
     from adq_search.provenance import provenance  # noqa: PLC0415
 
+    asked.out = asked.out or HERE / instructions()
     made = provenance(seed=SEED)  # of the tree before files in it change
     file, kept = asked.out / "rounds.csv", asked.out / "run.json"
     asked.out.mkdir(parents=True, exist_ok=True)
