@@ -62,22 +62,6 @@ CONTESTANTS = {
     "floor: now, 1 worker, nothing quantized": Contestant(is_float=True),
 }
 
-
-def instructions():
-    """Name of the folder for this processor: `avx2`, `avx512`."""
-    import torch  # noqa: PLC0415
-
-    return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
-
-
-def contestants_here():
-    """Names of those that this processor has the arithmetic for."""
-    from adq_search.training import multiplies_bfloat16  # noqa: PLC0415
-
-    can_half = multiplies_bfloat16()
-    return [name for name, c in CONTESTANTS.items() if can_half or c.precision == "float32"]
-
-
 PURE = ("forward and loss", "backward", "optimizer")
 #: What belongs to which phase, by module and name; what is in no other phase is "all else".
 PLACES = {
@@ -93,6 +77,21 @@ PLACES = {
     "files": ["session.write_json", "session.write_atomic", "session.weights_of"],
 }
 PHASES = (*PLACES, "all else")
+
+
+def instructions():
+    """Name of the folder for this processor: `avx2`, `avx512`."""
+    import torch  # noqa: PLC0415
+
+    return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
+
+
+def contestants_here():
+    """Names of those that this processor has the arithmetic for."""
+    from adq_search.training import multiplies_bfloat16  # noqa: PLC0415
+
+    can_half = multiplies_bfloat16()
+    return [name for name, c in CONTESTANTS.items() if can_half or c.precision == "float32"]
 
 
 class Clock:
