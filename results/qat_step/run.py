@@ -1,13 +1,13 @@
 """Time a training step of quantized networks against float training, everything in turn.
 
 Usage: python results/qat_step/run.py [--threads N] [--rounds N] [--networks NAME ...]
-       [--compiled NAME ...] [--no-eager]
+       [--compiled NAME ...] [--no-eager] [--bf16]
 
 In every round each contestant of a network trains one step, in turn, on the same cores; ratios
 are taken within rounds. Writes steps.csv (a row a network, contestant and round), kernels.csv,
 steps.md, kernels.md, steps.svg and run.json into the folder of this processor's instructions
 (`avx2`, `avx512`). Contestants in bfloat16 take part where torch has its arithmetic for the
-processor. Brevitas takes part where it is installed
+processor, or with `--bf16`. Brevitas takes part where it is installed
 (`pip install brevitas`); `--compiled` adds the float and the LSQ network under torch.compile as a
 whole (a minute each to compile). Takes about ten minutes on two cores; weights and data are random.
 """
@@ -162,6 +162,7 @@ def main():
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--compiled", nargs="+", default=[], choices=list(NETWORKS))
     parser.add_argument("--no-eager", action="store_true", help="leave out uncompiled quantizers")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 by reference code too")
     asked = parser.parse_args()
     if not ALLOCATOR.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
@@ -173,7 +174,7 @@ def main():
         names = variants(
             with_compiled=network in asked.compiled,
             with_eager=not asked.no_eager,
-            with_bf16=multiplies_bfloat16(),
+            with_bf16=asked.bf16 or multiplies_bfloat16(),
         )
         rows += race(network, names, asked.rounds)
     OUT.mkdir(exist_ok=True)
