@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from adq_search.convolution import convolve
+from adq_search.first_layer import convolve_first, learns_step_alone
 from adq_search.quantizers import InputQuantizer, WeightQuantizer, made_again
 
 
@@ -54,12 +55,17 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution. # shape: (N, out, height, width)."""
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            weight, values = self._quantized(self.weight, input)
+            with made_again(values):
+                padded: Tensor = self._conv_forward(values, weight, self.bias)
+            return padded
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        if learns_step_alone(self.input_quantizer, input):
+            weight = self.weight_quantizer(self.weight)
+            return convolve_first(input, self.input_quantizer, weight, self.bias, *geometry)
         weight, values = self._quantized(self.weight, input)
         with made_again(values):
-            if self.padding_mode != "zeros":
-                padded: Tensor = self._conv_forward(values, weight, self.bias)
-                return padded
-            geometry = (self.stride, self.padding, self.dilation, self.groups)
             return convolve(values, weight, self.bias, *geometry)
 
 

@@ -40,6 +40,8 @@ FLAGS = (
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
 Loaded = TypeVar("Loaded")
+_WITH_MEMORY = (Tensor, nn.Parameter)
+_TYPES_OF_VALUES = (torch.float32, torch.bfloat16)
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
 
@@ -81,13 +83,13 @@ class NativeLibrary:
             parameters: Whatever else is pointed at: float32, without gaps.
         """
         return (
-            values.device.type == "cpu"
             # Tensors of other classes (fake, batched, distributed) have no memory to point at.
-            and type(values) in (Tensor, nn.Parameter)
-            and values.dtype in (torch.float32, torch.bfloat16)
-            and all(is_plain(parameter) for parameter in parameters)
-            and values.numel() > 0
+            type(values) in _WITH_MEMORY
+            and values.is_cpu
+            and values.dtype in _TYPES_OF_VALUES
+            and all(map(is_plain, parameters))
             and layout_of(values) is not None
+            and values.numel() > 0
             and compile_mode() in ("auto", "native")
             and not torch.compiler.is_compiling()
             and self._library is not None
@@ -207,5 +209,4 @@ def _plain(argument: Tensor | float | None) -> float | None:
 
 def is_plain(parameter: Tensor) -> bool:
     """Return whether it is a float32 tensor on the CPU without gaps."""
-    is_here = parameter.device.type == "cpu" and parameter.is_contiguous()
-    return is_here and parameter.dtype == torch.float32
+    return parameter.is_cpu and parameter.dtype == torch.float32 and parameter.is_contiguous()

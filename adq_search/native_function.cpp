@@ -126,10 +126,14 @@ struct Program {
 
 inline const Program* known(int64_t address) { return reinterpret_cast<const Program*>(address); }
 
-struct Given {
+// What a call was given besides tensors; kept for its backward pass.
+struct Given : torch::CustomClassHolder {
     const Program* program;
-    const std::vector<int64_t>& places;  // of the inputs that are there
-    const std::vector<double>& numbers;
+    std::vector<int64_t> places;  // of the inputs that are there
+    std::vector<double> numbers;
+
+    Given(const Program* program, at::ArrayRef<double> numbers)
+        : program(program), numbers(numbers.vec()) {}
 };
 
 // With the type and the places in memory of another tensor of its shape.
@@ -140,26 +144,26 @@ Tensor laid_out_as(const Tensor& tensor, const Tensor& like) {
 }
 
 struct Node : torch::autograd::Function<Node> {
-    static variable_list forward(AutogradContext* context, at::TensorList inputs, Given given) {
-        const Program& program = *given.program;
+    static variable_list forward(AutogradContext* context, at::TensorList inputs,
+                                 const c10::intrusive_ptr<Given>& given) {
+        const Program& program = *given->program;
         variable_list tensors(program.gradients.size()), kept, out, without;
-        for (size_t i = 0; i < inputs.size(); ++i) tensors[given.places[i]] = inputs[i];
-        program.forward.run(tensors, given.numbers);
+        for (size_t i = 0; i < inputs.size(); ++i) tensors[given->places[i]] = inputs[i];
+        program.forward.run(tensors, given->numbers);
         for (const int64_t i : program.outputs) out.push_back(tensors[i]);
         for (size_t i = 0; i < out.size(); ++i)
             if (!program.is_differentiable[i]) without.push_back(out[i]);
-        context->mark_non_differentiable(without);
+        if (!without.empty()) context->mark_non_differentiable(without);
         for (const int64_t i : program.kept) kept.push_back(tensors[i]);
         context->save_for_backward(kept);
-        context->saved_data["program"] = reinterpret_cast<int64_t>(given.program);
-        context->saved_data["places"] = given.places;
-        context->saved_data["numbers"] = given.numbers;
+        context->saved_data["given"] = c10::IValue::make_capsule(given);
         return out;
     }
 
     static variable_list backward(AutogradContext* context, variable_list upstream) {
-        const Program& program = *known(context->saved_data["program"].toInt());
-        const std::vector<double> numbers = context->saved_data["numbers"].toDoubleVector();
+        const auto held = context->saved_data["given"].toCapsule();
+        const Given& given = static_cast<const Given&>(*held);
+        const Program& program = *given.program;
         variable_list tensors(program.n_forward()), gradients;
         {
             const at::AutoGradMode without_graph(false);
@@ -169,8 +173,8 @@ struct Node : torch::autograd::Function<Node> {
                 const int64_t like = program.layouts[i];
                 tensors.push_back(like < 0 ? upstream[i] : laid_out_as(upstream[i], tensors[like]));
             }
-            program.backward.run(tensors, numbers);
-            for (const int64_t input : context->saved_data["places"].toIntVector()) {
+            program.backward.run(tensors, given.numbers);
+            for (const int64_t input : given.places) {
                 const int64_t i = program.gradients[input];
                 gradients.push_back(i < 0 ? Tensor() : tensors[i]);
             }
@@ -194,15 +198,14 @@ int64_t define(at::IntArrayRef code) {
 std::vector<Tensor> apply(int64_t program, const c10::List<std::optional<Tensor>>& inputs,
                           at::ArrayRef<double> numbers) {
     variable_list tensors;
-    std::vector<int64_t> places;
+    const auto given = c10::make_intrusive<Given>(known(program), numbers);
     for (size_t i = 0; i < inputs.size(); ++i) {
         const std::optional<Tensor> one = inputs.get(i);
         if (!one.has_value()) continue;
         tensors.push_back(*one);
-        places.push_back(static_cast<int64_t>(i));
+        given->places.push_back(static_cast<int64_t>(i));
     }
-    const std::vector<double> kept = numbers.vec();
-    return Node::apply(at::TensorList(tensors), Given{known(program), places, kept});
+    return Node::apply(at::TensorList(tensors), given);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ from adq_search.distill import Teacher
 from adq_search.evaluation import Evaluation, evaluate
 from adq_search.global_batch_norm import global_batch_norms
 from adq_search.integer import snap_codebooks_
+from adq_search.norms import fused_norms
 from adq_search.parallel import ALONE, Ranks
 from adq_search.policy import Policy
 from adq_search.stacking import Stack
@@ -151,7 +152,7 @@ def run_trial(
         if outcome.is_finite:
             snap_codebooks_(network)
             inputs = training_inputs(network, task, settings, seed=seed)
-            with global_batch_norms(network, ranks):
+            with global_batch_norms(network, ranks), fused_norms(network):
                 reestimate_batch_norm_(network, (x[ranks.own(len(x))] for x in inputs))
         trained = time.perf_counter() + (0.0 if checkpoint is None else checkpoint.resumed_s)
         draft = replace(
@@ -208,7 +209,8 @@ def run_trials(
             if outcome.is_finite:
                 snap_codebooks_(network)
         stack = Stack(networks)
-        reestimate_batch_norm_(stack, training_inputs(stack, task, settings, seed=seed))
+        with fused_norms(stack):
+            reestimate_batch_norm_(stack, training_inputs(stack, task, settings, seed=seed))
         stack.unstack_()
         trained = time.perf_counter()
         wall_s, train_s = ((trained - since) / len(policies) for since in (start, ready))

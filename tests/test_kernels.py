@@ -310,6 +310,7 @@ def test_quantized_inputs_are_made_again_and_not_kept(scheme, layout, monkeypatc
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
     monkeypatch.setattr(_again, "KEPT_BELOW", 0)
+    monkeypatch.setattr(_again, "KEPT_WITH_INDEX_BELOW", 0)
     batch = torch.randn(6, 3, 9, 9).to(memory_format=layout)
     names = ("0", "2")
     apply_policy_(network, Policy.uniform(names, LayerPrecision(4, 4, scheme)), batch)

@@ -112,7 +112,10 @@ class _Once(nn.Module):
         if getattr(input, "clipped_to", None) == passes:
             return input
         if quantizer is None or not self.training or not _fuses(input, quantizer):
-            return super().forward(input)  # type: ignore[no-any-return]
+            clipped: Tensor = super().forward(input)
+            if clipped.requires_grad and _is_by_pixels(clipped):
+                clipped.register_hook(_by_pixels)
+            return clipped
         out, quantized = rectified(input, passes, quantizer)
         mark_quantized(out, quantizer, quantized)
         return out
@@ -128,10 +131,18 @@ class _Relu6Once(_Once, nn.ReLU6): ...
 ONCE: Mapping[type[nn.Module], type[nn.Module]] = {nn.ReLU: _ReluOnce, nn.ReLU6: _Relu6Once}
 
 
+def _is_by_pixels(values: Tensor) -> bool:
+    return values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
+
+
+def _by_pixels(gradient: Tensor) -> Tensor:
+    """Return the gradient channels last: pooling's is not, and torch's ReLU then takes long."""
+    return gradient.contiguous(memory_format=torch.channels_last)
+
+
 def _takes(values: Tensor, *parameters: Tensor) -> bool:
     return (
-        values.ndim == 4
-        and values.is_contiguous(memory_format=torch.channels_last)
+        _is_by_pixels(values)
         # torch refuses a single value a channel, and says why.
         and values.numel() > values.shape[1]
         and _passes.LIBRARY.takes(values, *parameters)

@@ -42,7 +42,7 @@ def rectified(values: Tensor, passes: Range, quantizer: InputQuantizer) -> tuple
         trained = quantizer.trained()
         given = (*passes, qmin, trained, MIN_WIDTH, EPS)
         y, out, index = rectified_thresholds(values, *given)
-        return y, mark_made(out, partial(levels_again, y, index, qmin, trained))
+        return y, mark_made(out, partial(levels_again, y, index, qmin, trained), has_index=True)
     assert isinstance(quantizer, AsqInput)
     numbers = (*passes, *quantizer.numbers(values))
     y, out, steps = RECTIFIED_ADAPTIVE((values, *quantizer.tensors()), numbers)

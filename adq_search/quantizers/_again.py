@@ -9,20 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 #: Smaller tensors are kept: making them again takes more time than memory is worth.
-KEPT_BELOW = 2**17
+KEPT_BELOW = 2**19
+#: The same where a byte a value is kept besides.
+KEPT_WITH_INDEX_BELOW = 2**17
 
 Maker = Callable[[], Tensor]
+_AS_USUAL: Final = nullcontext()
 
 
-def mark_made(values: Tensor, make: Maker) -> Tensor:
-    """Say how what a quantizer returned is made again; return it."""
-    if values.requires_grad and not torch.compiler.is_compiling():
+def mark_made(values: Tensor, make: Maker, *, has_index: bool = False) -> Tensor:
+    """Say how what a quantizer returned is made again, if it is large; return it.
+
+    Args:
+        values: What the quantizer returned.
+        make: Returns it once more.
+        has_index: It is made from bytes that are kept for that.
+    """
+    least = KEPT_WITH_INDEX_BELOW if has_index else KEPT_BELOW
+    if values.requires_grad and values.numel() >= least and not torch.compiler.is_compiling():
         # Tensors take attributes, of which torch's annotations know nothing.
         values.made_by = make  # type: ignore[attr-defined]
     return values
@@ -35,11 +46,9 @@ def made_again(values: Tensor) -> AbstractContextManager[object]:
         values: What a quantizer returned. Without a mark (`mark_made`) everything is saved as
             usual; `torch.compile` decides for itself.
     """
-    if torch.compiler.is_compiling():
-        return nullcontext()
     make: Maker | None = getattr(values, "made_by", None)
-    if values.numel() < KEPT_BELOW or make is None:
-        return nullcontext()
+    if make is None or torch.compiler.is_compiling():
+        return _AS_USUAL
     place, n_values = values.data_ptr(), values.numel()
 
     def pack(saved: Tensor) -> Tensor | tuple[Maker, torch.Size]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adq_search.errors import QuantizerError, did_you_mean
 from adq_search.policy import MAX_BITS, MIN_BITS, OptionValue
 from adq_search.quantizers._registry import Registry
+from adq_search.quantizers._rows import row_order, to_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +183,10 @@ class Quantizer(nn.Module, ABC):
         self._require_initialized()
         steps = torch.cat([step.detach().flatten() for step in self._positive_parameters()])
         n_levels = self.n_levels(self.bits, **self.options)
+        codes = self._codes(values).to(torch.int32)
+        rows = to_rows(codes, row_order(codes)).flatten()
         # NaN has no code.
-        indices = (self._codes(values) - self.lowest_code).flatten().clamp(0, n_levels - 1)
+        indices = rows.sub_(self.lowest_code).clamp_(0, n_levels - 1)
         n_used = int((torch.bincount(indices, minlength=n_levels) > 0).sum())
         return QuantizerHealth(
             n_steps=steps.numel(),
@@ -269,6 +272,9 @@ class WeightQuantizer(Quantizer):
             msg = f"Quantizer '{self.name}' has no codebook: leave ema_momentum={ema_momentum} out."
             raise QuantizerError(msg)
         self.weight_shape = tuple(weight_shape)
+        #: How many weights share one step or threshold.
+        n_groups = math.prod(self._group_shape())
+        self._n_group = max(1, math.prod(self.weight_shape) // max(1, n_groups))
 
     @classmethod
     def error_floor(cls, **options: OptionValue) -> ErrorFloor | None:
@@ -281,11 +287,6 @@ class WeightQuantizer(Quantizer):
         if self.options.get("granularity") == "tensor":
             return ()
         return (self.weight_shape[0], *(1 for _ in self.weight_shape[1:]))
-
-    def _n_group(self) -> int:
-        """How many weights share one step or threshold."""
-        n_groups = math.prod(self._group_shape())
-        return max(1, math.prod(self.weight_shape) // max(1, n_groups))
 
     def _rows(self, weights: Tensor) -> Tensor:
         """One row a group, # shape: (groups, weights of a group)."""

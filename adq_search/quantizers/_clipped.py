@@ -102,7 +102,7 @@ class ClippedPowerWeight(WeightQuantizer):
     @property
     def gradient_scale(self) -> float:
         """Of the gradient to the threshold: 1 / sqrt(N)."""
-        return float(self._n_group() ** -0.5)
+        return float(self._n_group**-0.5)
 
     def _codes(self, values: Tensor) -> Tensor:
         scaled = self._scaled(values)

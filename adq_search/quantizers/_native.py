@@ -20,6 +20,7 @@ LIBRARY = NativeLibrary(
     signatures={
         "uniform": "lpplfpplplll",
         "uniform_backward": "lppplfpplfpffpplll",
+        "step_slopes": "lppfpppll",
         "clipped": "lpplfplplll",
         "clipped_backward": "lppplfplfpplll",
         "codebook": "lpplppll",
@@ -80,6 +81,14 @@ def uniform_backward(
         *(grad_values, grad_raw, *sizes(values, raw)),
     )
     return grad_values, grad_raw
+
+
+def step_slopes(values: Tensor, raw: Tensor, smallest: float, qmin: Tensor, qmax: Tensor) -> Tensor:
+    """Return the derivative of `uniform` by its one step, at each value."""
+    out = torch.empty_like(values)
+    given = (raw, smallest, qmin, qmax, out, values.numel(), threads())
+    LIBRARY.call("step_slopes", values, *given)
+    return out
 
 
 def thresholds_again(values: Tensor, index: Tensor, step: Tensor, qmin: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def thresholds_through(
         out, index = _native_functions.thresholds_through(values, qmin, trained, MIN_WIDTH, EPS)
     else:
         out, index = _Thresholds.apply(values, qmin, *trained)
-    return mark_made(out, partial(levels_again, values, index, qmin, trained))
+    return mark_made(out, partial(levels_again, values, index, qmin, trained), has_index=True)
 
 
 def threshold_index(values: Tensor, start: Tensor, widths: Tensor, in_scale: Tensor) -> Tensor:

@@ -83,10 +83,16 @@ def uniform_through(
         smallest, scale = 0.0, 1.0
         if n_features is not None:
             smallest, scale = EPS, lsq_gradient_factor(qmax, n_features)
-        out = _native_functions.uniform_through(values, *parameters, smallest, scale)
-    else:
-        out = _Uniform.apply(values, *parameters, n_features)
-    return mark_made(out, partial(uniform_values, values, *parameters, n_features))
+        return _native_functions.uniform_through(values, *parameters, smallest, scale)
+    return _Uniform.apply(values, *parameters, n_features)  # type: ignore[no-any-return]
+
+
+def uniform_inputs_through(
+    inputs: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor, *, n_features: int | None
+) -> Tensor:
+    """Return `uniform_through` of inputs, which the layer's backward pass may make again."""
+    out = uniform_through(inputs, step, qmin, qmax, n_features=n_features)
+    return mark_made(out, partial(uniform_values, inputs, step, qmin, qmax, n_features))
 
 
 def uniform_integers(values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
@@ -185,6 +191,14 @@ def uniform_gradients(
     if n_features is None:
         return grad_v, grad_s
     return grad_v, signed(raw, grad_s) * lsq_gradient_scale(p, n_features)
+
+
+def step_slopes(v: Tensor, raw: Tensor, n: Tensor, p: Tensor) -> Tensor:
+    """Return the derivative of `uniform_values` by its one trained step, at each value."""
+    if _native.takes(v, raw, n, p):
+        return _native.step_slopes(v, raw, EPS, n, p)
+    _, slopes = _uniform_slopes(v, torch.ones_like(v), _used(raw, EPS), n, p)
+    return slopes.to(v.dtype)
 
 
 def _used(raw: Tensor, smallest: float) -> Tensor:

@@ -40,8 +40,8 @@ from adq_search.quantizers._through import (
     positive_step,
     signed,
     uniform_gradients,
+    uniform_inputs_through,
     uniform_integers,
-    uniform_through,
     uniform_values,
 )
 
@@ -225,7 +225,7 @@ class AsqInput(InputQuantizer):
             n = n_features(values, self._sample_shape(values))
             step = positive_step(self.step, lsq_gradient_scale(self.qmax, n))
             step = step * self.factors(values)
-            return uniform_through(values, step, self.qmin, self.qmax, n_features=None)
+            return uniform_inputs_through(values, step, self.qmin, self.qmax, n_features=None)
         tensors = self.tensors()
         known = [tensor for tensor in tensors if tensor is not None]
         if self._lies_by_pixels(values) and _native.takes(values, *known):

@@ -43,11 +43,17 @@ struct Grid {
         : n(n), p(p), step(s), low(n * s), high(p * s), per_step(1.0f / s) {}
 };
 
+// By how much the output of a value changes with the step.
+template <class V>
+inline V slope_by_step(const Grid grid, V value) {
+    const V z = clip(value * grid.per_step, grid.n, grid.p);
+    return nearest(z) - within(value, grid.low, grid.high, z);
+}
+
 // Of a value, the part of its gradient to the step.
 template <class V>
 inline V step_part(const Grid grid, V value, V upstream) {
-    const V z = clip(value * grid.per_step, grid.n, grid.p);
-    return (nearest(z) - within(value, grid.low, grid.high, z)) * upstream;
+    return slope_by_step(grid, value) * upstream;
 }
 
 // Gradients to a block of values; returns its part of the gradient to the step.

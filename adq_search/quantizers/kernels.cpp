@@ -100,6 +100,23 @@ extern "C" void rectified_uniform(long half, const void* values, float low, floa
     });
 }
 
+// By how much the output of each value changes with the step.
+extern "C" void step_slopes(long half, const void* values, const float* raw, float smallest,
+                            const float* qmin, const float* qmax, void* out, long n_values,
+                            long threads) {
+    const Grid grid(positive(*raw, smallest), *qmin, *qmax);
+    typed(half, [=](auto kind) {
+        using T = decltype(kind);
+        const T* v = static_cast<const T*>(values);
+        T* to = static_cast<T*>(out);
+        for_blocks(1, n_values, threads, [=](long, long, long first, long size) {
+            for_values(size, [=](long i, auto kind) {
+                set(to + first, i, slope_by_step(grid, at(v + first, i, kind)));
+            });
+        });
+    });
+}
+
 extern "C" void uniform_backward(long half, const void* values, const void* upstream,
                                  const float* raw, long by_row, float smallest, const float* qmin,
                                  const float* qmax, long ranged, float scale, const void* beside,

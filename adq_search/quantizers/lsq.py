@@ -27,7 +27,11 @@ from adq_search.quantizers._base import (
     WeightQuantizer,
 )
 from adq_search.quantizers._calibration import EPS, initial_step, integer_grid, n_features
-from adq_search.quantizers._through import uniform_integers, uniform_through
+from adq_search.quantizers._through import (
+    uniform_inputs_through,
+    uniform_integers,
+    uniform_through,
+)
 
 
 @WEIGHT_QUANTIZERS.register("lsq")
@@ -63,8 +67,8 @@ class LsqWeight(WeightQuantizer):
         self.step.copy_(initial_step(self._rows(values), self.qmax).view(self.step.shape))
 
     def _quantize(self, values: Tensor) -> Tensor:
-        n_features = self._n_group()
-        return uniform_through(values, self.step, self.qmin, self.qmax, n_features=n_features)
+        n = self._n_group
+        return uniform_through(values, self.step, self.qmin, self.qmax, n_features=n)
 
     def _codes(self, values: Tensor) -> Tensor:
         return uniform_integers(values, self._positive(), self.qmin, self.qmax).long()
@@ -111,7 +115,7 @@ class LsqInput(InputQuantizer):
 
     def _quantize(self, values: Tensor) -> Tensor:
         n = self.n_features(values)
-        return uniform_through(values, self.step, self.qmin, self.qmax, n_features=n)
+        return uniform_inputs_through(values, self.step, self.qmin, self.qmax, n_features=n)
 
     def n_features(self, values: Tensor) -> int:
         """Return N of the step's gradient scale: the features of one sample."""

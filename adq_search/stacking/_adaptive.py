@@ -23,7 +23,7 @@ from adq_search.quantizers._calibration import EPS
 from adq_search.quantizers._through import (
     lsq_gradient_scale,
     positive_step,
-    uniform_through,
+    uniform_inputs_through,
 )
 from adq_search.quantizers.asq import SMALLEST_FACTOR
 from adq_search.stacking._groups import Group
@@ -89,7 +89,10 @@ class AsqGroup(Group[AsqInput]):
         step = positive_step(self.step, lsq_gradient_scale(self.qmax, n)).unsqueeze(1) * beta
         shape = (-1, *(1 for _ in pieces[0].shape[1:]))
         own = zip(pieces, step.unbind(), self.qmin, self.qmax, strict=True)
-        return [uniform_through(p, s.view(shape), *codes, n_features=None) for p, s, *codes in own]
+        return [
+            uniform_inputs_through(p, s.view(shape), *codes, n_features=None)
+            for p, s, *codes in own
+        ]
 
     @torch.no_grad()
     def forward_into(self, out: Tensor, values: Tensor, at: Places) -> tuple[Tensor, ...]:
