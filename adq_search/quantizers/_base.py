@@ -311,6 +311,9 @@ class InputQuantizer(Quantizer):
         QuantizerError: Bits, the channel dimension or an option out of range.
     """
 
+    #: Whether each value is quantized by itself, whatever the others are.
+    is_elementwise: ClassVar[bool] = False
+
     qmin: Tensor
     qmax: Tensor
 
@@ -325,6 +328,25 @@ class InputQuantizer(Quantizer):
         self.channel_dim = channel_dim
         self.register_buffer("qmin", torch.zeros(()))
         self.register_buffer("qmax", torch.tensor(float(2**bits - 1)))
+
+    def forward_part(self, part: Tensor, whole: Tensor) -> Tensor:
+        """Return what `forward` makes of some of the values; gradients are those of all.
+
+        Args:
+            part: Those that the layer reads, any shape.
+            whole: All of them.
+
+        Raises:
+            QuantizerError: The quantizer was never fitted, or is not elementwise.
+        """
+        self._require_initialized()
+        if not self.is_elementwise:
+            msg = f"Quantizer '{self.name}' has to see all values of a sample. Call it on them."
+            raise QuantizerError(msg)
+        return self._quantize_part(part, whole)
+
+    def _quantize_part(self, part: Tensor, whole: Tensor) -> Tensor:
+        return self._quantize(part)
 
     @property
     def is_signed(self) -> bool:

@@ -102,6 +102,7 @@ class LsqInput(InputQuantizer):
     """
 
     name = "lsq"
+    is_elementwise = True
 
     def __init__(
         self, bits: int, *, n_channels: int, channel_dim: int, **options: OptionValue
@@ -114,8 +115,11 @@ class LsqInput(InputQuantizer):
         self.step.copy_(initial_step(values.reshape(1, -1), self.qmax)[0])
 
     def _quantize(self, values: Tensor) -> Tensor:
-        n = self.n_features(values)
-        return uniform_inputs_through(values, self.step, self.qmin, self.qmax, n_features=n)
+        return self._quantize_part(values, values)
+
+    def _quantize_part(self, part: Tensor, whole: Tensor) -> Tensor:
+        n = self.n_features(whole)
+        return uniform_inputs_through(part, self.step, self.qmin, self.qmax, n_features=n)
 
     def n_features(self, values: Tensor) -> int:
         """Return N of the step's gradient scale: the features of one sample."""

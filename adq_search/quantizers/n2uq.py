@@ -40,6 +40,7 @@ class N2uqInput(InputQuantizer):
     """
 
     name = "n2uq"
+    is_elementwise = True
     # Levels and thresholds are learned apart: a level need not lie within its own interval.
     is_projection = False
     learning_rate_factor = 0.1

@@ -60,6 +60,7 @@ CONTESTANTS = {
     f"now, {CORES} workers, 8 networks a pass": Contestant(processes=CORES, per_pass=8),
     f"now, {CORES} workers, bfloat16": Contestant(processes=CORES, precision="bfloat16"),
     "floor: now, 1 worker, nothing quantized": Contestant(is_float=True),
+    f"floor: now, {CORES} workers, nothing quantized": Contestant(is_float=True, processes=CORES),
 }
 
 PURE = ("forward and loss", "backward", "optimizer")
