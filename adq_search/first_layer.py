@@ -5,8 +5,8 @@ A convolution is linear in its input, so with r the gradient of the loss at its 
     dL/ds = sum r (W * dq/ds) = <W, dL/dW where the input is dq/ds>.
 
 Float training never takes the gradient to an image, and libraries are slow at it: images have few
-channels. With a second gradient to the weights in its place, the layer takes two thirds to three
-quarters of the time (`results/qat_step/first_layer.py`).
+channels. With a second gradient to the weights in its place, the layer takes two thirds to four
+fifths of the time (`results/qat_step/first_layer.py`).
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _PACKAGES = ("adq-search", "torch", "torchvision", "optuna", "ray", "numpy", "pandas", "scipy")
 
 
@@ -30,9 +32,15 @@ def provenance(*, seed: int, command: str | None = None) -> dict[str, Any]:
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "processors": os.cpu_count(),
+            "instructions": instructions(),
         },
         "written_at": now(),
     }
+
+
+def instructions() -> str:
+    """Return the vector instructions that torch uses on this processor: `avx2`, `avx512`."""
+    return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
 
 
 def now() -> str:

@@ -21,7 +21,7 @@ from torch import nn
 from adq_search.convolution import convolve
 from adq_search.layers import to_quantized_
 from adq_search.own_process import keep_freed_memory
-from adq_search.provenance import provenance
+from adq_search.provenance import instructions, provenance
 from adq_search.quantizers import LsqInput, LsqWeight
 
 HERE = Path(__file__).parent
@@ -108,7 +108,7 @@ def main(threads, rounds):
                 seconds = timed(layer, forward)
                 if number >= 0:
                     rows.append({"layer": name, "variant": variant, "round": number, "s": seconds})
-    folder = HERE / torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
+    folder = HERE / instructions()
     folder.mkdir(exist_ok=True)
     with (folder / "first_layer.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, rows[0])

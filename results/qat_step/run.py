@@ -25,10 +25,10 @@ import torch
 from contestants import NETWORKS, SCHEMES, Contestant, peak_bytes, variants
 from kernels import kernel_table, race_kernels
 
-from adq_search.provenance import provenance
+from adq_search.provenance import instructions, provenance
 from adq_search.training import multiplies_bfloat16
 
-OUT = Path(__file__).parent / torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
+OUT = Path(__file__).parent / instructions()
 SEED = 0
 #: Without these glibc gives freed activations back to the system and asks for them again each step.
 ALLOCATOR = {
@@ -186,7 +186,6 @@ def main():
     (OUT / "kernels.md").write_text(kernel_table(kernels))
     (OUT / "steps.svg").write_text(drawn(found))
     made |= {"threads": asked.threads, "allocator": ALLOCATOR, "load": os.getloadavg()}
-    made["instructions"] = torch.backends.cpu.get_cpu_capability()
     made["wall_s"] = round(time.perf_counter() - start)
     (OUT / "run.json").write_text(json.dumps(made, indent=2) + "\n")
     print(table(found), kernel_table(kernels), sep="\n")

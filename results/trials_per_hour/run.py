@@ -80,13 +80,6 @@ PLACES = {
 PHASES = (*PLACES, "all else")
 
 
-def instructions():
-    """Name of the folder for this processor: `avx2`, `avx512`."""
-    import torch  # noqa: PLC0415
-
-    return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
-
-
 def contestants_here():
     """Names of those that this processor has the arithmetic for."""
     from adq_search.training import multiplies_bfloat16  # noqa: PLC0415
@@ -354,7 +347,7 @@ def main():
     parser.add_argument("--go-on", action="store_true", help="Keep the rounds of rounds.csv.")
     parser.add_argument("--tables", action="store_true", help="Only write the tables again.")
     asked = parser.parse_args()
-    from adq_search.provenance import provenance  # noqa: PLC0415
+    from adq_search.provenance import instructions, provenance  # noqa: PLC0415
 
     asked.out = asked.out or HERE / instructions()
     made = provenance(seed=SEED)  # of the tree before files in it change
