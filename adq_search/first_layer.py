@@ -44,8 +44,7 @@ def learns_step_alone(quantizer: InputQuantizer, values: Tensor) -> TypeGuard[Ls
         and type(values) is Tensor
         and values.ndim == 4
         and not torch.is_autocast_enabled(values.device.type)
-        # What hooks watch is computed.
-        and not (quantizer._forward_hooks or quantizer._forward_pre_hooks)
+        and not quantizer.is_watched
         and not torch.compiler.is_compiling()
     )
 

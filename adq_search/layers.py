@@ -80,10 +80,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         where channels are no multiple of 8 (oneDNN of torch 2.14).
         """
         quantizer = self.input_quantizer
-        # What hooks watch is computed, and what is there is taken.
-        is_watched = bool(quantizer._forward_hooks or quantizer._forward_pre_hooks)
         is_there = getattr(input, "quantized_by", (None,))[0] is quantizer
-        if quantizer.is_elementwise and not is_watched and not is_there:
+        if quantizer.is_elementwise and not quantizer.is_watched and not is_there:
             read = self._read(input)
             return self.weight_quantizer(self.weight), quantizer.forward_part(read, input)
         weight, values = self._quantized(self.weight, input)

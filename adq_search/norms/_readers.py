@@ -91,7 +91,7 @@ def _quantizer_of(layer: nn.Module | None) -> InputQuantizer | None:
     if not isinstance(layer, QuantLayer) or layer._forward_pre_hooks:
         return None
     quantizer = layer.input_quantizer
-    return None if quantizer._forward_hooks or quantizer._forward_pre_hooks else quantizer
+    return None if quantizer.is_watched else quantizer
 
 
 def _called(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:

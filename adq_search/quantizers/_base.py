@@ -153,6 +153,11 @@ class Quantizer(nn.Module, ABC):
         self._require_initialized()
         return self._quantize(values)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether hooks see its calls: none may be left out, or be for a part of the values."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
     @torch.no_grad()
     def codes(self, values: Tensor) -> Tensor:
         """Return the int64 code of every value; `forward` is the level that the code names.
