@@ -59,6 +59,31 @@ def _dtype_of(values: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else values.dtype
 
 
+def weight_gradient(
+    upstream: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the gradient of a convolution to its weights, shape of these.
+
+    Args:
+        upstream: Gradient to the output, # shape: (N, out, height, width)
+        values: The input, # shape: (N, in, height, width)
+        weight: Only its shape and type count.
+        stride: Of the convolution, like the rest.
+        padding: In numbers.
+        dilation: As above.
+        groups: As above.
+    """
+    rest = (None, stride, padding, dilation, False, (0, 0), groups, (False, True, False))
+    found: Tensor = _gradients(upstream, values, weight, *rest)[1]
+    return found
+
+
 class _Depthwise(Function):
     @staticmethod
     def forward(
@@ -88,7 +113,7 @@ class _Depthwise(Function):
         if ctx.needs_input_grad[1]:
             dtype = torch.float32 if max(weight.shape[2:]) > 3 else torch.bfloat16
             given = (upstream.to(dtype), values.to(dtype), weight.to(dtype))
-            to_weight = _gradients(*given, *rest, (False, True, False))[1].to(weight.dtype)
+            to_weight = weight_gradient(*given, *ctx.geometry).to(weight.dtype)
         to_bias = None
         if ctx.bias_dtype is not None:
             to_bias = upstream.float().sum(dim=(0, 2, 3)).to(ctx.bias_dtype)

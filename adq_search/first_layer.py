@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from adq_search.convolution import weight_gradient
 from adq_search.quantizers import InputQuantizer, LsqInput
 from adq_search.quantizers._through import (
     lsq_gradient_scale,
@@ -27,10 +28,8 @@ from adq_search.quantizers._through import (
     uniform_values,
 )
 
-# torch leaves Function.apply and its operators without annotations.
+# torch leaves Function.apply without annotations.
 # mypy: disable-error-code="no-untyped-call"
-
-_gradients = torch.ops.aten.convolution_backward
 
 
 def learns_step_alone(quantizer: InputQuantizer, values: Tensor) -> TypeGuard[LsqInput]:
@@ -88,12 +87,9 @@ class _First(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         values, weight, raw, qmin, qmax = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
 
         def to_weight(inputs: Tensor) -> Tensor:
-            rest = (None, stride, padding, dilation, False, (0, 0), groups, (False, True, False))
-            found: Tensor = _gradients(gradients[0], inputs, weight, *rest)[1]
-            return found
+            return weight_gradient(gradients[0], inputs, weight, *ctx.geometry)
 
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:

@@ -61,12 +61,12 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
                 padded: Tensor = self._conv_forward(values, weight, self.bias)
             return padded
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        if learns_step_alone(self.input_quantizer, input):
-            weight = self.weight_quantizer(self.weight)
-            return convolve_first(input, self.input_quantizer, weight, self.bias, *geometry)
         if self.kernel_size == (1, 1) and self.stride != (1, 1) and self.padding == (0, 0):
             geometry = ((1, 1), *geometry[1:])
             weight, values = self._quantized_pixels(input)
+        elif learns_step_alone(self.input_quantizer, input):
+            weight = self.weight_quantizer(self.weight)
+            return convolve_first(input, self.input_quantizer, weight, self.bias, *geometry)
         else:
             weight, values = self._quantized(self.weight, input)
         with made_again(values):
@@ -75,17 +75,15 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     def _quantized_pixels(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return quantized weights, and quantized values of those pixels that a stride reads.
 
-        Where it is the same, no other pixels are quantized. Without the stride oneDNN is faster,
-        and sound: with it, gradients to weights write beyond their memory on AVX2 with one thread
-        where channels are no multiple of 8 (oneDNN of torch 2.14).
+        Where it is the same, no other pixels are quantized. Without the stride oneDNN is sound:
+        with it, gradients to weights write beyond their memory on AVX2 with one thread where
+        channels are no multiple of 8 (torch 2.14).
         """
         quantizer = self.input_quantizer
-        is_there = getattr(input, "quantized_by", (None,))[0] is quantizer
-        if quantizer.is_elementwise and not quantizer.is_watched and not is_there:
-            read = self._read(input)
-            return self.weight_quantizer(self.weight), quantizer.forward_part(read, input)
-        weight, values = self._quantized(self.weight, input)
-        return weight, self._read(values)
+        weight, known = self.weight_quantizer(self.weight), _taken(input, quantizer)
+        if known is None and quantizer.is_elementwise and not quantizer.is_watched:
+            return weight, quantizer.forward_part(self._read(input), input)
+        return weight, self._read(quantizer(input) if known is None else known)
 
     def _read(self, values: Tensor) -> Tensor:
         """Return the pixels that a 1x1 kernel reads, laid out as all: means of one pixel each."""

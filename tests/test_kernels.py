@@ -332,6 +332,24 @@ def test_quantized_inputs_are_made_again_and_not_kept(scheme, layout, monkeypatc
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "n_values", "is_made_again"),
+    [
+        ("lsq", _again.KEPT_BELOW // 2, False),
+        ("lsq", _again.KEPT_BELOW, True),
+        ("lsq+n2uq", _again.KEPT_WITH_INDEX_BELOW // 2, False),
+        ("lsq+n2uq", _again.KEPT_WITH_INDEX_BELOW, True),
+    ],
+)
+def test_small_quantized_inputs_are_kept(scheme, n_values, is_made_again):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 1, 1))
+    batch = torch.rand(2, 2, n_values // 256, 64)
+    apply_policy_(network, Policy.uniform(("0",), LayerPrecision(4, 4, scheme)), batch)
+    node = network(batch.requires_grad_()).grad_fn
+    assert (node._saved_input.data_ptr() != node._saved_input.data_ptr()) is is_made_again
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_training_step_never_waits_for_the_gpu(name):

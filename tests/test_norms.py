@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adq_search.convert import apply_policy_
+from adq_search.convert import apply_policy_, reestimate_batch_norm_
 from adq_search.errors import QuantizerError
 from adq_search.norms import EVERYTHING, FusedNorm, Reader, find_readers, fused_norms
 from adq_search.policy import LayerPrecision, Policy
 from adq_search.quantizers import AsqInput
 from adq_search.tasks import load_task
 from adq_search.tasks.networks import small_resnet
+from adq_search.tracing import parametric_layers
 from adq_search.training import TrainingSettings, fit
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -385,3 +386,37 @@ def test_asq_of_other_channels_is_refused_by_torch_and_not_read(channel_dim, n_c
     wrong = torch.rand((3, n_channels) if channel_dim == -1 else (3, n_channels, 5, 5))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         quantizer(wrong.to(memory_format=torch.channels_last) if wrong.ndim == 4 else wrong)
+
+
+def test_relu_before_pooling_gets_its_gradient_channels_last():
+    """Pooling hands it back in torch's own layout, on which torch's ReLU is slow."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    values, _ = batch(4, 3, 9, 9)
+    upstream = torch.randn(4, 8)
+    expected = step(copy.deepcopy(network), values, upstream)
+    seen = []
+    with fused_norms(network):
+        # Hooks of a tensor run in the order of their registration: this one sees what ReLU gets.
+        network[2].register_forward_pre_hook(
+            lambda _, args: args[0].register_hook(seen.append) and None
+        )
+        found = step(network, values, upstream)
+    assert seen[0].is_contiguous(memory_format=LAST)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_statistics_are_estimated_again_in_the_same_passes():
+    torch.manual_seed(0)
+    network = small_resnet()
+    batches = [torch.rand(16, 1, 8, 8).to(memory_format=LAST) for _ in range(3)]
+    names = list(parametric_layers(network))
+    apply_policy_(network, Policy.uniform(names, LayerPrecision(4, 4, "lsq")), batches[0])
+    plain = copy.deepcopy(network)
+    reestimate_batch_norm_(plain, batches)
+    with fused_norms(network):
+        reestimate_batch_norm_(network, batches)
+    for one, two in zip(network.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
