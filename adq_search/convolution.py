@@ -1,8 +1,13 @@
-"""Convolutions in two dimensions whose gradients are fast in bfloat16 too.
+"""Convolutions in two dimensions whose gradients are right, and fast in bfloat16 too.
 
 oneDNN takes reference code for some gradients of depthwise convolutions in bfloat16, up to fifty
 times as slow as in float32 (`results/qat_step/README.md`): those to the inputs of strided ones, and
 those to the weights of kernels above 3. They are taken in float32 here.
+
+Of 1x1 convolutions with a stride it writes beyond its memory where a pixel has fewer channels than
+a register and they lie side by side (its issue 6035; torch 2.14 on AVX2): the process dies or
+hangs, or the gradient to the weights is wrong. Here such a layer reads its pixels first and has no
+stride.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ from torch.nn import functional as F
 # torch leaves Function.apply without annotations.
 # mypy: disable-error-code="no-untyped-call"
 
+_CHANNELS_A_REGISTER = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+
 
 def convolve(values: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     """Return `torch.nn.functional.conv2d` of the arguments; gradients are its own within rounding.
@@ -31,7 +38,44 @@ def convolve(values: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
     """
     if _has_slow_gradients(values, weight, *geometry):
         return _Depthwise.apply(values, weight, bias, geometry)  # type: ignore[no-any-return]
+    if is_unsound(weight, *geometry):
+        stride, *rest = geometry
+        return F.conv2d(pixels_read(values, stride), weight, bias, 1, *rest)
     return F.conv2d(values, weight, bias, *geometry)
+
+
+def is_unsound(
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    _dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Return whether oneDNN may write beyond its memory in a gradient, channels side by side.
+
+    Args:
+        weight: # shape: (out, in / groups, kernel height, kernel width)
+        stride: Of the convolution, like the rest.
+        padding: In numbers or by name.
+        groups: As above.
+    """
+    return (
+        weight.shape[1] < _CHANNELS_A_REGISTER
+        and max(stride) > 1
+        and groups == 1
+        and weight.shape[2:] == (1, 1)
+        and (padding == "valid" or not any(padding))
+    )
+
+
+def pixels_read(values: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return the pixels that a 1x1 kernel reads, laid out as all: means of one pixel each.
+
+    Args:
+        values: # shape: (N, channels, height, width)
+        stride: Of the convolution.
+    """
+    return F.avg_pool2d(values, 1, stride)
 
 
 def _has_slow_gradients(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from adq_search.convolution import convolve
+from adq_search.convolution import convolve, pixels_read
 from adq_search.first_layer import convolve_first, learns_step_alone
 from adq_search.quantizers import InputQuantizer, WeightQuantizer, made_again
 
@@ -58,8 +58,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             weight, values = self._quantized(self.weight, input)
             with made_again(values):
-                padded: Tensor = self._conv_forward(values, weight, self.bias)
-            return padded
+                return self._conv_forward(values, weight, self.bias)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         if self.kernel_size == (1, 1) and self.stride != (1, 1) and self.padding == (0, 0):
             geometry = ((1, 1), *geometry[1:])
@@ -72,22 +71,24 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         with made_again(values):
             return convolve(values, weight, self.bias, *geometry)
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding: tuple[int, ...] | str = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
     def _quantized_pixels(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return quantized weights, and quantized values of those pixels that a stride reads.
 
-        Where it is the same, no other pixels are quantized. Without the stride oneDNN is sound:
-        with it, gradients to weights write beyond their memory on AVX2 with one thread where
-        channels are no multiple of 8 (torch 2.14).
+        Where it is the same, no other pixels are quantized.
         """
         quantizer = self.input_quantizer
         weight, known = self.weight_quantizer(self.weight), _taken(input, quantizer)
         if known is None and quantizer.is_elementwise and not quantizer.is_watched:
-            return weight, quantizer.forward_part(self._read(input), input)
-        return weight, self._read(quantizer(input) if known is None else known)
-
-    def _read(self, values: Tensor) -> Tensor:
-        """Return the pixels that a 1x1 kernel reads, laid out as all: means of one pixel each."""
-        return F.avg_pool2d(values, 1, self.stride)
+            return weight, quantizer.forward_part(pixels_read(input, self.stride), input)
+        values = quantizer(input) if known is None else known
+        return weight, pixels_read(values, self.stride)
 
 
 class QuantLinear(QuantLayer, nn.Linear):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from adq_search.convolution import is_unsound
 from adq_search.tracing import evaluation_mode
 
 
@@ -20,13 +21,14 @@ def fast_layout(network: nn.Module, example: Tensor) -> torch.memory_format:
 
     Args:
         network: Runs once, in evaluation mode. A network that asks for one layout, as `view` does
-            after a convolution, gets what it asks for.
+            after a convolution, gets what it asks for; so does one with a float convolution whose
+            gradients oneDNN takes wrongly in the other (`adq_search.convolution`).
         example: An input as a batch, # shape: (1, *sample)
 
     Returns:
         For `Tensor.to(memory_format=...)`.
     """
-    if example.ndim != 4:
+    if example.ndim != 4 or any(_is_unsound(module) for module in network.modules()):
         return torch.preserve_format
     with evaluation_mode(network):
         try:
@@ -34,3 +36,12 @@ def fast_layout(network: nn.Module, example: Tensor) -> torch.memory_format:
         except RuntimeError:  # torch's "view size is not compatible with input tensor's size"
             return torch.preserve_format
     return torch.channels_last
+
+
+def _is_unsound(module: nn.Module) -> bool:
+    # By the class itself: our quantized layers, which inherit from it, go around what is unsound.
+    if type(module) is not nn.Conv2d:
+        return False
+    padding = module.padding if module.padding_mode == "zeros" else (0, 0)
+    geometry = (module.stride, padding, module.dilation, module.groups)
+    return is_unsound(module.weight, *geometry)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adq_search.convolution import convolve
+from adq_search.convolution import convolve, is_unsound
 from adq_search.layers import QuantConv2d, to_quantized_
 from adq_search.quantizers import LsqInput, LsqWeight
 
@@ -83,3 +83,75 @@ def test_quantized_depthwise_layers_train_in_bfloat16(padding_mode):
 
     for half, full in zip(found(is_half=True), found(is_half=False), strict=True):
         assert (half - full).norm() <= 0.03 * full.norm()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_gradients_of_strided_1x1_convolutions_are_right(channels, n_threads):
+    """Where torch's own end the process, hang or are wrong (oneDNN's issue 6035)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    generator = torch.Generator().manual_seed(0)
+    geometry = ((2, 1), (0, 0), (1, 1), 1)
+    try:
+        for size in (9, 16, 31) * 10:
+            values = torch.randn(12, channels, size, size, generator=generator)
+            tensors = [
+                values.to(memory_format=torch.channels_last).requires_grad_(),
+                torch.randn(9, channels, 1, 1, generator=generator).requires_grad_(),
+                torch.randn(9, generator=generator).requires_grad_(),
+            ]
+            exact_of = [t.detach().double().requires_grad_() for t in tensors]
+            like = F.conv2d(*exact_of, *geometry)
+            upstream = torch.randn(like.shape, generator=generator)
+            _, exact = gradients(lambda *t: F.conv2d(*t, *geometry), exact_of, upstream)
+            out, found = gradients(lambda *t: convolve(*t, *geometry), tensors, upstream)
+            torch.testing.assert_close(out.double(), like, rtol=1e-5, atol=1e-5)
+            for own, true in zip(found, exact, strict=True):
+                assert (own - true).norm() <= 1e-5 * true.norm()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "geometry", "expected"),
+    [
+        (1, ((2, 2), (0, 0), (1, 1), 1), True),
+        (1, ((1, 3), "valid", (1, 1), 1), True),
+        (1, ((1, 1), (0, 0), (1, 1), 1), False),
+        (1, ((2, 2), (1, 0), (1, 1), 1), False),
+        (1, ((2, 2), (0, 0), (1, 1), 2), False),
+        (3, ((2, 2), (0, 0), (1, 1), 1), False),
+    ],
+)
+def test_which_convolutions_go_around_it(kernel, geometry, expected):
+    assert is_unsound(torch.empty(8, 4, kernel, kernel), *geometry) is expected
+    assert not is_unsound(torch.empty(8, 16, kernel, kernel), *geometry)
+
+
+@pytest.mark.parametrize(
+    "padding", [{"padding": "valid"}, {"padding": 1, "padding_mode": "circular"}], ids=str
+)
+def test_quantized_layers_of_any_padding_are_right(padding):
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(4, 9, 1, 2, **padding)
+    inputs, weights = LsqInput(4, n_channels=4, channel_dim=-3), LsqWeight(4, (9, 4, 1, 1))
+    values = torch.randn(8, 4, 11, 11).to(memory_format=torch.channels_last)
+    inputs.initialize_(values)
+    weights.initialize_(layer.weight)
+    plain = torch.nn.Conv2d(4, 9, 1, 2, **padding)
+    plain.load_state_dict(layer.state_dict())
+    to_quantized_(layer, weights, inputs)
+    upstream = torch.randn(layer(values).shape)
+    for _ in range(20):
+        found = torch.autograd.grad(layer(values), [layer.bias, weights.step], upstream)
+    with torch.no_grad():
+        plain.weight.copy_(weights(layer.weight))
+        quantized = inputs(values).contiguous()  # torch's order is sound
+    weight = plain.weight
+    out = plain(quantized)
+    to_bias, to_weight = torch.autograd.grad(out, [plain.bias, weight], upstream)
+    (to_step,) = torch.autograd.grad(weights(layer.weight), [weights.step], to_weight)
+    torch.testing.assert_close(layer(values), out, rtol=1e-5, atol=1e-5)
+    for own, true in zip(found, (to_bias, to_step), strict=True):
+        torch.testing.assert_close(own, true, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from adq_search.convert import apply_policy_
 from adq_search.layout import fast_layout
+from adq_search.policy import LayerPrecision, Policy
 from adq_search.tasks import Task, TensorPart
 from adq_search.training import TrainingSettings, fit
 
@@ -79,6 +81,43 @@ def test_layout_changes_nothing_but_rounding(monkeypatch):
 )
 def test_channels_last_where_a_network_takes_it(made, example, expected):
     assert fast_layout(made, example) is expected
+
+
+def shortcut(**geometry):
+    """A network with a strided 1x1 convolution of few channels, as a shortcut has."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(**({"in_channels": 3, "out_channels": 4, "kernel_size": 1} | geometry))
+    return nn.Sequential(conv, nn.Flatten(1), nn.LazyLinear(3))
+
+
+@pytest.mark.parametrize(
+    ("geometry", "expected"),
+    [
+        ({"stride": 2}, torch.preserve_format),
+        ({"stride": 2, "padding": 1, "padding_mode": "reflect"}, torch.preserve_format),
+        ({"stride": 2, "padding": 1}, torch.channels_last),
+        ({"stride": 1}, torch.channels_last),
+        ({"stride": 2, "kernel_size": 3}, torch.channels_last),
+    ],
+    ids=str,
+)
+def test_float_layers_whose_gradients_onednn_takes_wrongly_keep_torchs_order(geometry, expected):
+    made = shortcut(**geometry)
+    made(IMAGES[:1])
+    assert fast_layout(made, IMAGES[:1]) is expected
+    layers = ["0", "2"]
+    apply_policy_(made, Policy.uniform(layers, LayerPrecision(4, 4, "lsq")), IMAGES)
+    assert fast_layout(made, IMAGES[:1]) is torch.channels_last
+
+
+def test_a_teacher_with_such_a_layer_learns():
+    """With channels last the process dies, on one thread and AVX2."""
+    parts = [TensorPart(IMAGES, TARGETS)] * 3
+    small = Task("small", lambda: shortcut(stride=2), *parts, n_classes=3)
+    made = shortcut(stride=2)
+    made(IMAGES[:1])
+    settings = TrainingSettings(epochs=10, batch_size=8)
+    assert fit(made, small, settings, seed=0).is_finite
 
 
 def test_asking_changes_neither_modes_nor_statistics():

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 ROWS = [
     {"errors", "progress", "provenance"},
     {"files", "validation", "native", "own_process"},
-    {"native_function", "tracing", "pareto", "policy", "parallel"},
-    {"convolution", "layout", "quantizers"},
+    {"native_function", "tracing", "pareto", "policy", "parallel", "convolution"},
+    {"layout", "quantizers"},
     {"first_layer", "hardware", "global_batch_norm"},
     {"layers"},
     {"convert", "norms", "space_file", "space_rules", "space"},
