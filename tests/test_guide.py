@@ -248,6 +248,7 @@ def test_diverged_policies_are_avoided_and_crashed_ones_only_not_repeated():
     assert first[0] > first[1]
 
 
+@pytest.mark.slow
 def test_a_stopped_policy_is_learned_from_but_leaves_its_place_on_the_front_open():
     """Beside a finished policy there is less to gain than beside one that was stopped."""
     nearby = {"finished": 0, "stopped": 0}
@@ -353,6 +354,7 @@ def test_losses_that_fall_by_factors_are_forecast_by_their_logarithms():
     assert forecast.end == pytest.approx(2.0 * shifted[7], abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_prior", [True, False], ids=["prior", "no prior"])
 def test_fifty_trials_reach_the_front_of_the_published_problem(has_prior):
     shares = []

@@ -81,6 +81,7 @@ def test_same_seed_same_search(planned, tmp_path):
     assert [t.result.kl for t in outcomes[0].trials] == [t.result.kl for t in outcomes[1].trials]
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_study_and_measure_exactly_as_many(session):
     outcome = run(session, workers=2)
     assert len(outcome.trials) == 6
@@ -233,13 +234,14 @@ def measured_in(folder):
     return {f.stem: f.stat().st_mtime_ns for f in (folder / "trials").glob("*.json")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blow", "workers"),
     [
         pytest.param(signal.SIGKILL, 1, id="kill"),
-        pytest.param(signal.SIGINT, 1, id="ctrl-c", marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, 2, id="kill-2-workers", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 2, id="ctrl-c-2-workers", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 1, id="ctrl-c"),
+        pytest.param(signal.SIGKILL, 2, id="kill-2-workers"),
+        pytest.param(signal.SIGINT, 2, id="ctrl-c-2-workers"),
     ],
 )
 def test_an_interrupted_search_goes_on_and_loses_nothing(tmp_path, blow, workers):

@@ -161,6 +161,7 @@ def networks(draw):
     return network, inputs
 
 
+@pytest.mark.slow
 @given(networks())
 @settings(deadline=None, max_examples=60)
 def test_random_shapes_agree(made):

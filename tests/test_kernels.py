@@ -106,6 +106,7 @@ def step(policy, batch):
     return restore_(network)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_no_policy_compiles_anything_after_the_first_of_each_scheme(monkeypatch):
     monkeypatch.setenv("ADQ_SEARCH_COMPILE", "inductor")

@@ -45,6 +45,7 @@ def test_an_unknown_mode_is_refused(library, monkeypatch):
         library.takes(torch.zeros(3))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_library_is_built_once_and_found_again(library):
     built = library.build()

@@ -91,6 +91,7 @@ def test_fifty_trials_come_near_the_front(problem, options, least):
     assert problem.share_of_hypervolume(policies) > least  # TPE: 0.74
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_search_again(problem):
     params = [[t.params for t in searched(problem, 20, seed=5)[0].trials] for _ in range(2)]
     assert params[0] == params[1]
@@ -135,6 +136,7 @@ def test_trials_that_another_process_runs_are_not_proposed(problem):
     assert other.ask(distributions(problem)).params != expected
 
 
+@pytest.mark.slow
 def test_a_learning_rate_beside_the_space_is_learned(problem):
     def factor(trial):
         rate = trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)

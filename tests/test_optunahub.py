@@ -34,6 +34,7 @@ def test_what_a_readme_names_is_loaded(package):
         assert callable(getattr(module, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_its_example_runs(package):
     example = REGISTRY / package / "example.py"

@@ -36,6 +36,7 @@ def page_faults(how, **environment):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @needs_glibc
 def test_freed_memory_is_not_faulted_in_again():
     assert page_faults("kept") < page_faults("given back") / 10

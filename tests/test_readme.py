@@ -41,6 +41,7 @@ def own_task(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_bring_your_own_network_and_data(own_task):
     command = [sys.executable, "-m", "adq_search.cli", "run", "job.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -48,6 +49,7 @@ def test_bring_your_own_network_and_data(own_task):
     assert (own_task / "results" / "job" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_search_in_ones_own_optuna_script(own_task):
     (own_task / "script.py").write_text(block("create_study"))
     done = subprocess.run(

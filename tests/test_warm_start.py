@@ -172,6 +172,7 @@ def test_a_search_begins_each_trial_from_the_nearest_finished_one(planned, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_two_workers_begin_from_what_either_has_finished(planned, tmp_path):
     outcome, _ = run(prepare(planned, tmp_path), workers=2)
     known = {t.result.policy.hash for t in outcome.trials}

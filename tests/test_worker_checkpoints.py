@@ -105,6 +105,7 @@ def timeless(result):
     return replace(result, wall_s=0.0, train_s=0.0)
 
 
+@pytest.mark.slow
 def test_a_worker_elsewhere_goes_on_where_another_was_killed(session, began, tmp_path, trained):
     url = str(session.folder / "study.journal")
     command = [sys.executable, "-c", DYING, url, str(tmp_path / "dies"), str(KILLED_AFTER)]

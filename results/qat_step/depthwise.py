@@ -3,25 +3,23 @@
 Usage: python results/qat_step/depthwise.py [--threads N] [--rounds N]
 
 Forward and backward of each shape at batch 32, 96x96, channels last, all variants in turn in each
-round. Writes depthwise.csv (a row a shape, variant and round), depthwise.md and depthwise.json.
+round. Writes depthwise.csv (a row a shape, variant and round), depthwise.md and depthwise.json into
+the folder of this processor's instructions.
 """
 
 import argparse
-import csv
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torchvision
+from measured import write_made, write_table
 from torch import nn
 from torch.nn import functional as F
 
 from adq_search.convolution import convolve
 from adq_search.provenance import provenance
 
-HERE = Path(__file__).parent
 SHAPE = (32, 3, 96, 96)
 #: Function and whether under autocast.
 VARIANTS = {
@@ -110,12 +108,9 @@ def main(threads, rounds):
                         "s": timed(variant, shape, *geometry),
                     }
                 )
-    with (HERE / "depthwise.csv").open("w", newline="") as out:
-        writer = csv.DictWriter(out, rows[0])
-        writer.writeheader()
-        writer.writerows({**row, "s": f"{row['s']:.4g}"} for row in rows)
-    (HERE / "depthwise.md").write_text(summary(rows))
-    (HERE / "depthwise.json").write_text(json.dumps(made, indent=1) + "\n")
+    rounded = [{**row, "s": f"{row['s']:.4g}"} for row in rows]
+    write_table("depthwise", rounded, summary(rows))
+    write_made("depthwise", made)
     print(summary(rows))
 
 

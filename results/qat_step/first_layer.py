@@ -9,22 +9,19 @@ first_layer.md and first_layer.json into the folder of this processor's instruct
 """
 
 import argparse
-import csv
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from measured import write_made, write_table
 from torch import nn
 
 from adq_search.convolution import convolve
 from adq_search.layers import to_quantized_
 from adq_search.own_process import keep_freed_memory
-from adq_search.provenance import instructions, provenance
+from adq_search.provenance import provenance
 from adq_search.quantizers import LsqInput, LsqWeight
 
-HERE = Path(__file__).parent
 #: Images, output channels, kernel, stride.
 LAYERS = {
     "mnist5k": ((64, 1, 28, 28), 8, 3, 1),
@@ -108,14 +105,9 @@ def main(threads, rounds):
                 seconds = timed(layer, forward)
                 if number >= 0:
                     rows.append({"layer": name, "variant": variant, "round": number, "s": seconds})
-    folder = HERE / instructions()
-    folder.mkdir(exist_ok=True)
-    with (folder / "first_layer.csv").open("w", newline="") as out:
-        writer = csv.DictWriter(out, rows[0])
-        writer.writeheader()
-        writer.writerows({**row, "s": f"{row['s']:.4g}"} for row in rows)
-    (folder / "first_layer.md").write_text(summary(rows))
-    (folder / "first_layer.json").write_text(json.dumps(made, indent=1) + "\n")
+    rounded = [{**row, "s": f"{row['s']:.4g}"} for row in rows]
+    write_table("first_layer", rounded, summary(rows))
+    write_made("first_layer", made)
     print(summary(rows))
 
 

@@ -13,22 +13,19 @@ whole (a minute each to compile). Takes about ten minutes on two cores; weights 
 """
 
 import argparse
-import csv
-import json
 import os
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 from contestants import NETWORKS, SCHEMES, Contestant, peak_bytes, variants
 from kernels import kernel_table, race_kernels
+from measured import OUT, write_made, write_table
 
-from adq_search.provenance import instructions, provenance
+from adq_search.provenance import provenance
 from adq_search.training import multiplies_bfloat16
 
-OUT = Path(__file__).parent / instructions()
 SEED = 0
 #: Without these glibc gives freed activations back to the system and asks for them again each step.
 ALLOCATOR = {
@@ -148,13 +145,6 @@ def drawn(found):
     return "\n".join([head, *parts, "</svg>"]) + "\n"
 
 
-def write_csv(name, rows):
-    with (OUT / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
@@ -177,17 +167,14 @@ def main():
             with_bf16=asked.bf16 or multiplies_bfloat16(),
         )
         rows += race(network, names, asked.rounds)
-    OUT.mkdir(exist_ok=True)
     found = summary(rows)
     kernels = race_kernels(asked.rounds)
-    write_csv("steps.csv", rows)
-    write_csv("kernels.csv", kernels)
-    (OUT / "steps.md").write_text(table(found))
-    (OUT / "kernels.md").write_text(kernel_table(kernels))
+    write_table("steps", rows, table(found))
+    write_table("kernels", kernels, kernel_table(kernels))
     (OUT / "steps.svg").write_text(drawn(found))
     made |= {"threads": asked.threads, "allocator": ALLOCATOR, "load": os.getloadavg()}
     made["wall_s"] = round(time.perf_counter() - start)
-    (OUT / "run.json").write_text(json.dumps(made, indent=2) + "\n")
+    write_made("run", made)
     print(table(found), kernel_table(kernels), sep="\n")
 
 
