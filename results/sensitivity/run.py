@@ -245,9 +245,13 @@ def main():
     arguments.add_argument("--only-seeds", action="store_true", help="Keep rank.csv as it is.")
     options = arguments.parse_args()
     torch.set_num_threads(1)
+    made = provenance(seed=SEED)  # of the tree before files in it change
+    by_file = {"seeds.csv": made}
     if options.only_seeds:
+        by_file = json.loads((HERE / "provenance.json").read_text()) | by_file
         ranks = list(csv.DictReader((HERE / "rank.csv").open()))
     else:
+        by_file |= {"policies.csv": made, "rank.csv": made}
         planned = plan(read_job(ROOT / "search_spaces" / "digits.yaml"))
         teacher = Teacher(make_teacher(planned.task, seed=SEED), planned.task)
         fresh = measured_policies(planned, teacher, options.policies)
@@ -259,7 +263,7 @@ def main():
         ranks = write_csv("rank.csv", rank(planned, teacher, sets))
     times = write_csv("seeds.csv", seed_times())
     write_tables(ranks, times)
-    (HERE / "provenance.json").write_text(json.dumps(provenance(seed=SEED), indent=2) + "\n")
+    (HERE / "provenance.json").write_text(json.dumps(by_file, indent=2) + "\n")
 
 
 if __name__ == "__main__":
