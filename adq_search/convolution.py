@@ -13,7 +13,7 @@ stride.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from torch.nn import functional as F
 # torch leaves Function.apply without annotations.
 # mypy: disable-error-code="no-untyped-call"
 
-_CHANNELS_A_REGISTER = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+#: Of a gradient on its way to another type: so many are still in the cache when they are read.
+_NEAR_BYTES: Final = 2**22
+_CHANNELS_A_REGISTER: Final = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 
 def convolve(values: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
@@ -128,6 +130,21 @@ def weight_gradient(
     return found
 
 
+def _values_gradient(
+    upstream: Tensor, values: Tensor, weight: Tensor, dtype: torch.dtype, *geometry: Any
+) -> Tensor:
+    """The gradient to the values, found in `dtype` for as many samples at a time as stay near."""
+    stride, padding, dilation, groups = geometry
+    rest = (None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))
+    some = max(1, _NEAR_BYTES // (dtype.itemsize * values[0].numel()))
+    # Of the values, only the shape counts.
+    like, weight = torch.empty_like(values[:some], dtype=dtype), weight.to(dtype)
+    found = torch.empty_like(values)
+    for own, out in zip(upstream.split(some), found.split(some), strict=True):
+        out.copy_(_gradients(own.to(dtype), like[: len(own)], weight, *rest)[0])
+    return found
+
+
 class _Depthwise(Function):
     @staticmethod
     def forward(
@@ -144,16 +161,12 @@ class _Depthwise(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         values, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        rest = (None, stride, padding, dilation, False, (0, 0), groups)
+        stride = ctx.geometry[0]
         upstream = gradients[0]
         to_values = to_weight = None
         if ctx.needs_input_grad[0]:
             dtype = torch.float32 if max(stride) > 1 else torch.bfloat16
-            # Of the values, only the shape counts.
-            like = torch.empty_like(values, dtype=dtype)
-            given = (upstream.to(dtype), like, weight.to(dtype))
-            to_values = _gradients(*given, *rest, (True, False, False))[0].to(values.dtype)
+            to_values = _values_gradient(upstream, values, weight, dtype, *ctx.geometry)
         if ctx.needs_input_grad[1]:
             dtype = torch.float32 if max(weight.shape[2:]) > 3 else torch.bfloat16
             given = (upstream.to(dtype), values.to(dtype), weight.to(dtype))
